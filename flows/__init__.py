@@ -1,0 +1,1 @@
+"""Flows: the order of tasks, where they run, what triggers them, and their commands for the CLI."""

@@ -1,0 +1,59 @@
+"""Fixtures for all tests: no telemetry, no hub, a tiny base model, the shared real data where it is present."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    DO_NOT_TRACK="1",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    REGRAFT_TESTING="1",
+)
+ROOT = Path(__file__).parent.parent
+
+
+def _load_tiny() -> None:
+    """Make `import tiny` work in importlib mode, in tests and in the processes that they start."""
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests/tiny.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny"] = module
+    spec.loader.exec_module(module)
+
+
+_load_tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random Llama (read it, don't write into it)."""
+    import tiny
+
+    return tiny.make_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared real data; skips where there is none (`.ci/run` fails if that happens there)."""
+    folder = Path(os.environ.get("REGRAFT_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        if os.environ.get("REGRAFT_REQUIRE_SHARED"):
+            pytest.fail(f"no shared data at {folder}, and REGRAFT_REQUIRE_SHARED is set")
+        pytest.skip(f"no shared data at {folder}: set REGRAFT_SHARED")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_failpoints() -> None:
+    """Count the passages of failpoints anew in each test."""
+    from regraft import failpoints
+
+    failpoints._passages.clear()
