@@ -42,6 +42,15 @@ test-faults: $(VENV)/.installed ## every kill point of every stage
 test-services: $(VENV)/.installed ## a Prefect server with two workers, and what else needs servers
 	@$(BIN)/python -m pytest -m "service" $(ARGS)
 
+PY312 := $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) $(shell command -v python3.12))
+test-py312: | $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## train, evaluate and export on Python 3.12 (needs a python3.12)
+	@test -n "$(PY312)" || { echo "no python3.12 here: nothing was tested on it"; exit 1; }
+	@test -x .venv-3.12/bin/python || $(UV) venv --quiet --python $(PY312) .venv-3.12
+	@$(UV) pip sync --quiet --python .venv-3.12/bin/python --compile-bytecode --require-hashes requirements.lock
+	@$(UV) pip install --quiet --python .venv-3.12/bin/python --no-deps --compile-bytecode --editable .
+	@.venv-3.12/bin/python -m pytest -m "not faults and not service and not gpu and not slow" \
+		tests/model tests/train tests/evaluate tests/export $(ARGS)
+
 lint: $(VENV)/.installed ## format check, lint, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -59,4 +68,4 @@ lock: | .uv/bin/uv ## resolve requirements.lock anew
 clean: ## remove what stages made (data/work/); the registry and the exports stay
 	@rm -rf data/work
 
-.PHONY: help install retrain test test-faults test-services lint format lock clean
+.PHONY: help install retrain test test-faults test-services test-py312 lint format lock clean

@@ -1,5 +1,6 @@
-"""A tiny random Llama with a ChatML tokenizer, made on the spot: real files for the real loading code."""
+"""What tests share: a tiny random Llama with a ChatML tokenizer, made on the spot for the real loading code."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,13 @@ def make_base(folder: Path, *, hidden: int = 64, layers: int = 2, seed: int = 0,
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def load_infra(name: str) -> Any:
+    """Import `infra/NAME.py`, which is a script and in no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / f"infra/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
