@@ -1,0 +1,1 @@
+"""From accepted rows to token blocks for training and a holdout for evaluation: `preprocess.preprocess`."""

@@ -1,0 +1,52 @@
+"""Parameters of the stage `preprocess`: section `preprocess` of `params.yaml`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from regraft.params import Section
+
+
+class HoldoutParams(Section):
+    """Which rows are never trained on; decided by each row's own content, so that new rows move no old one."""
+
+    share: float = Field(default=0.1, ge=0, le=0.5)
+    """Share of prompts whose hash sends them to the holdout; 0 to 0.5. 0 leaves only the rows named by `always`."""
+
+    always: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    """Slice to value: rows with any of these are always held out, such as phrasings that no training row may have."""
+
+
+class PreprocessParams(Section):
+    """How conversations become tokens, which of those are learned, and which rows are held out."""
+
+    max_length: int = Field(default=512, ge=16, le=1_048_576)
+    """Longest conversation, in tokens; 16 to 1,048,576. At most the base model's context; activations grow with it."""
+
+    too_long: Literal["drop", "fail"] = "drop"
+    """What happens to a longer conversation: left out and counted, or the stage fails. It is never cut: the cut would
+    fall on the answer."""
+
+    max_dropped_share: float = Field(default=0.02, ge=0, le=1)
+    """The stage refuses when more than this share of all rows is too long or has nothing to train on; 0 to 1."""
+
+    supervise: Literal["assistant", "last"] = "assistant"
+    """Whose words are learned: every answer of a conversation, or its last one only (for templates that render earlier
+    answers differently, and for data whose earlier answers are poor)."""
+
+    packing: bool = True
+    """Put several conversations into one block, each with positions of its own: fewer steps and hardly any padding."""
+
+    block_length: int | None = Field(default=None, ge=16, le=1_048_576)
+    """Tokens in a packed block, 16 to 1,048,576 and at least `max_length`; null is `max_length`."""
+
+    holdout: HoldoutParams = Field(default_factory=HoldoutParams)
+    """Which rows are held out."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "PreprocessParams":
+        if self.block_length is not None and self.block_length < self.max_length:
+            raise ValueError(f"a `block_length` of at least `max_length` ({self.max_length}), or null")
+        if self.block_length is not None and not self.packing:
+            raise ValueError("no `block_length` where `packing` is false: each conversation is a block of its own")
+        return self

@@ -1,0 +1,114 @@
+"""What `preprocess` counted and measured: evidence for the supervision gate, digests for lineage."""
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from regraft.report import Report
+
+
+class Counts(BaseModel):
+    """Where every accepted row went; `rows_in` is the sum of all others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows_in: int
+    """Rows of `data/work/validate/rows.parquet`."""
+    train: int
+    """Rows in the training blocks."""
+    holdout: int
+    """Rows in the holdout."""
+    deduplicated: int
+    """Rows whose prompt and answer another row on the same side has too."""
+    leaked: int
+    """Rows of the training side left out because their prompt is in the holdout."""
+    too_long: int
+    """Rows of either side with more than `max_length` tokens; left out, not cut."""
+    nothing_to_train: int
+    """Rows without an answer, or whose answer has no token."""
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> "Counts":
+        parts = self.train + self.holdout + self.deduplicated + self.leaked + self.too_long + self.nothing_to_train
+        if parts != self.rows_in:
+            raise ValueError(f"the counts add up to {parts}, but {self.rows_in} rows came in")
+        return self
+
+
+class Supervision(BaseModel):
+    """The supervision audit, measured on the finished tokens and labels (not on how they were made)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: int
+    """Training rows audited: all of them."""
+    tokens: int
+    """Tokens of the training rows."""
+    trained_tokens: int
+    """Tokens with a label other than -100."""
+    answers: int
+    """Answers to be learned (more than `rows` where conversations have several)."""
+    rows_training_nothing: int
+    """Training rows without a single trained token; must be 0."""
+    rows_learning_to_stop: float
+    """Share of training rows whose last trained token ends the turn; must be 1."""
+    answers_recovered: float
+    """Share of answers whose whole text comes back when the trained tokens are decoded; must be near 1."""
+    answers_exact: float
+    """Share of answers whose trained tokens are the answer and its stop token and nothing else; under 1 where the
+    template adds words that the model has to write itself, such as an empty thought."""
+    round_trip: float
+    """Share of rows whose tokens decode to the rendered text, up to Unicode composition; must be near 1."""
+    agreement: float
+    """Share of the rows compared in which the plain tokenizer gives the same tokens for the rendered text."""
+    agreement_rows: int
+    """Rows compared: the first 2,000 and a sixteenth of the others, without those of `control_text` and `kept_apart`."""
+    kept_apart: int
+    """Rows in which the tokenizer would have merged the end of the prompt with the start of the answer."""
+    control_text: int
+    """Rows in which somebody typed a control token; it became text."""
+    control_leaked: int
+    """Control tokens that do not come from the template; must be 0."""
+    unknown_tokens: int
+    """Tokens that stand for text which the tokenizer does not know."""
+    truncated: int
+    """Rows that were cut; always 0."""
+    longest: int
+    """Tokens of the longest training row."""
+    dropped_share: float
+    """Share of all rows that were too long or had nothing to train on."""
+
+
+class PreprocessReport(Report):
+    """Result of the stage `preprocess`."""
+
+    counts: Counts
+    supervision: Supervision
+    holdout_slices: dict[str, dict[str, int]]
+    """Holdout rows by slice and value."""
+    train_slices: dict[str, dict[str, int]]
+    """Training rows by slice and value."""
+    max_length: int
+    """Tokens; the parameter."""
+    supervise: str
+    """The parameter."""
+    blocks: int
+    """Rows of `train-00000.arrow`."""
+    block_length: int
+    """Tokens that a block may hold."""
+    block_fill: float
+    """Tokens of all blocks over what they could hold."""
+    longest_block: int
+    """Tokens of the longest block."""
+    stop_token_ids: list[int]
+    """What ends an answer; the template's own end of turn first."""
+    template_digest: str
+    """Digest of the chat template."""
+    tokenizer_digest: str
+    """As `BaseReport` has it."""
+    base: str
+    """Name of the base model whose tokenizer was used."""
+    rows_digest: str
+    """sha256 of the rows that came in (`rows.parquet`)."""
+    train_digest: str
+    """sha256 of `train-00000.arrow`."""
+    holdout_digest: str
+    """sha256 of `holdout-00000.arrow`."""
