@@ -1,0 +1,1 @@
+"""The data contract: raw files in, accepted rows and quarantined rows out, judged by a Great Expectations suite."""

@@ -1,0 +1,207 @@
+"""From a record of a file to a conversation, by the columns and templates of section `data`."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from regraft.artifacts import canonical_json
+from regraft.errors import DataError, ParamsError
+from regraft.validate.params import DataParams, Reason, ValidateParams
+from regraft.validate.patterns import mask
+from regraft.validate.source import DataFile, columns_of
+from regraft.validate.template import as_text, columns, fill, parse
+
+_ROLES = ("user", "assistant")
+_INVISIBLE = " \t\r\n\u00a0\u200b\u2060\ufeff"
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse)
+
+
+@dataclass
+class Row:
+    """A conversation, and what is wrong with its structure."""
+
+    messages: list[dict[str, str]]
+    slices: dict[str, str]
+    at: str | None
+    id: str | None
+    reasons: set[Reason] = field(default_factory=set)
+    label: str | None = None
+    """The label that is not allowed, where the row has such a one."""
+    size: int = 0
+    """UTF-8 bytes of all texts."""
+
+    @property
+    def text(self) -> str:
+        """Everything that a model or a report would get to see, in one text."""
+        return "\n".join((*(each["content"] for each in self.messages), *self.slices.values()))
+
+
+class Mapping:
+    """The columns and templates of section `data`, parsed once."""
+
+    def __init__(self, data: DataParams, params: ValidateParams) -> None:
+        self.data = data
+        self.params = params
+        self._prompt, self._answer, self._system = (
+            parse(template) if template else None for template in (data.prompt, data.answer, data.system)
+        )
+        self._slices = sorted((name, parse(template)) for name, template in data.slices.items())
+        self._allowed = None if params.labels is None else params.labels.allowed
+        self._labels = frozenset(self._allowed or ())
+
+    def row(self, record: dict[str, Any]) -> Row | None:
+        """Return the row that a record makes, or `None` where a column is missing or holds something else."""
+        messages = self._messages(record)
+        if messages is None:
+            return None
+        slices = {name: text for name, pieces in self._slices if (text := fill(pieces, record))}
+        identity = as_text(record.get(self.data.id)) if self.data.id else ""
+        row = Row(messages, slices, None, identity or None)
+        self._judge_time(row, record)
+        self._judge_turns(row)
+        if not row.reasons & {Reason.WRONG_ROLES, Reason.MISSING_ANSWER}:
+            self._judge_answer(row, messages[-1]["content"])
+        try:
+            row.size = len(row.text.encode()) + len(identity.encode())
+        except UnicodeEncodeError:  # half of a surrogate pair, written as an escape in JSON
+            row.reasons.add(Reason.NOT_UTF8)
+        return row
+
+    def _messages(self, record: dict[str, Any]) -> list[dict[str, str]] | None:
+        if self._prompt is None or self._answer is None:
+            return _conversation(record.get(self.data.messages))
+        texts = {"user": fill(self._prompt, record), "assistant": fill(self._answer, record)}
+        if self._system is not None:
+            texts = {"system": fill(self._system, record), **texts}
+        messages = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
+        return messages if len(messages) == len(texts) else None
+
+    def _judge_time(self, row: Row, record: dict[str, Any]) -> None:
+        found = record.get(self.data.time) if self.data.time else None
+        if found is None or found == "":
+            return
+        try:
+            time = datetime.fromisoformat(found)
+        except (TypeError, ValueError):
+            row.reasons.add(Reason.WRONG_TIME)
+            return
+        if time.tzinfo is not None:
+            time = time.astimezone(UTC)
+        row.at = time.date().isoformat() if len(found) <= len("2026-09-01") else time.isoformat()
+
+    def _judge_turns(self, row: Row) -> None:
+        roles = [message["role"] for message in row.messages]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if any(role != _ROLES[place % 2] for place, role in enumerate(turns)):
+            row.reasons.add(Reason.WRONG_ROLES)
+        elif not turns or turns[-1] != "assistant":
+            row.reasons.add(Reason.MISSING_ANSWER)
+        if any(not message["content"].strip(_INVISIBLE) for message in row.messages):
+            row.reasons.add(Reason.EMPTY_TEXT)
+
+    def _judge_answer(self, row: Row, answer: str) -> None:
+        value: Any = answer
+        if self.params.answers_are_json:
+            try:
+                value = _STRICT.decode(answer)
+            except (ValueError, RecursionError):
+                row.reasons.add(Reason.ANSWER_NOT_JSON)
+                return
+        if self.params.labels is None:
+            return
+        if self.params.labels.json_field is not None:
+            value = value.get(self.params.labels.json_field) if isinstance(value, dict) else None
+        if not isinstance(value, str) or (self._allowed is not None and value not in self._labels):
+            row.label = value if isinstance(value, str) else "(none)"
+            row.reasons.add(Reason.UNKNOWN_LABEL)
+
+
+def row_digests(row: Row) -> tuple[str, bytes]:
+    """Return the `row_id` (messages and slices) and the key that tells duplicates (messages alone).
+
+    The row_id is the first 32 hexadecimal digits of the sha256 of the canonical JSON of {messages, slices}.
+    """
+    messages = canonical_json(row.messages)
+    whole = b'{"messages":%b,"slices":%b}' % (messages, canonical_json(row.slices))
+    return hashlib.sha256(whole).hexdigest()[:32], hashlib.sha256(messages).digest()[:16]
+
+
+def check_columns(data: DataParams, files: Iterable[DataFile], longest: int) -> None:
+    """Check that every column that section `data` names is in every file that has rows.
+
+    Raises:
+        ParamsError: no file has a column of that name; with the columns found and the one probably meant.
+        DataError: some files have it and others have not; with the names of the others.
+    """
+    wanted = _wanted(data)
+    seen = {}
+    for file in files:
+        if file.format is not None and (found := columns_of(file, set(wanted), longest)):
+            seen[file.name] = found
+    known = sorted(set().union(*seen.values()))
+    nowhere, elsewhere = [], []
+    for column, where in wanted.items():
+        lacking = [name for name, found in seen.items() if column not in found]
+        if not lacking:
+            continue
+        if len(lacking) < len(seen):
+            elsewhere.append(f"{', '.join(lacking)}: no column `{column}`, which `data.{where}` names")
+            continue
+        close = difflib.get_close_matches(column, known, n=1, cutoff=0.5)
+        hint = f"; did you mean `{_listed(close)}`?" if close else ""
+        nowhere.append(f"data.{where} names the column `{column}`, which is in no file{hint}")
+    if nowhere:
+        raise ParamsError(
+            "\n  ".join((*nowhere, f"columns found: {_listed(known)}")), fix="edit section `data` of params.yaml"
+        )
+    if elsewhere:
+        raise DataError("\n  ".join(elsewhere), fix="give these files the same columns, or take them out of data.raw")
+
+
+def _listed(columns: list[str]) -> str:
+    """List columns for a message; a file without a header has a row of data in their place, so each is masked and cut."""
+    shown = [mask(column)[:40].encode(errors="replace").decode() for column in columns[:20]]
+    return ", ".join(shown) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
+
+
+def _wanted(data: DataParams) -> dict[str, str]:
+    """Return every column named, with the parameter that names it."""
+    wanted: dict[str, str] = {}
+    if data.layout == "messages":
+        wanted[data.messages] = "messages"
+    for where in ("prompt", "answer", "system"):
+        template: str | None = getattr(data, where)
+        wanted |= {column: where for column in columns(template or "") if column not in wanted}
+    for where, column in (("id", data.id), ("time", data.time)):
+        if column is not None:
+            wanted.setdefault(column, where)
+    for name, template in data.slices.items():
+        for column in columns(template):
+            wanted.setdefault(column, f"slices.{name}")
+    return wanted
+
+
+def _conversation(value: Any) -> list[dict[str, str]] | None:
+    """Return a list of {role, content}; `None` for anything else, and where a message holds more than that."""
+    if not isinstance(value, list) or not value:
+        return None
+    messages = []
+    for each in value:
+        if not isinstance(each, dict):
+            return None
+        role, content = each.get("role"), each.get("content")
+        more = any(other is not None for key, other in each.items() if key not in ("role", "content"))
+        if not isinstance(role, str) or not isinstance(content, str) or more:
+            return None
+        messages.append({"role": role, "content": content})
+    return messages

@@ -1,0 +1,85 @@
+"""The frame of measured columns: for a batch of rows, a boolean column for each reason to quarantine, computed in Arrow.
+
+Regular expressions run over a column at once (RE2, linear time). Only texts that a cheap pattern points at are looked
+at one by one, for what an expression cannot say (a check digit).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from regraft.validate import patterns
+from regraft.validate.mapping import Mapping, Row
+from regraft.validate.params import Reason, ValidateParams
+from regraft.validate.source import RawRow
+
+_TEXT = {"control_characters": patterns.CONTROL, "bidi_characters": patterns.BIDI, "mojibake": patterns.MOJIBAKE}
+
+
+def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None], pa.Table]:
+    """Return the rows of a batch (`None` where there is none to make) and their measured columns.
+
+    The table has a boolean column for each `Reason` but `duplicate`, which takes more than one batch to see.
+    """
+    rows = [None if raw.record is None else mapping.row(raw.record) for raw in batch]
+    given = [_given(raw, row) for raw, row in zip(batch, rows, strict=True)]
+    columns: dict[str, Any] = {
+        reason.value: pa.array([reason in each for each in given], pa.bool_())
+        for reason in Reason
+        if reason != Reason.DUPLICATE
+    }
+
+    readable = [row is not None and Reason.NOT_UTF8 not in row.reasons for row in rows]
+    texts = pa.array(
+        [row.text if row is not None and ok else None for row, ok in zip(rows, readable, strict=True)],
+        pa.large_string(),
+    )
+    sizes = pa.array([0 if row is None else row.size for row in rows], pa.int64())
+    columns |= _of_texts(texts, mapping.params)
+    columns[Reason.EMAIL] = pc.or_(columns[Reason.EMAIL], _of_ids(rows, readable, mapping.params))
+    columns[Reason.OVER_LONG] = pc.or_(
+        columns[Reason.OVER_LONG], pc.greater(sizes, pa.scalar(mapping.params.max_bytes))
+    )
+    return rows, pa.table(columns)
+
+
+def _given(raw: RawRow, row: Row | None) -> set[Reason]:
+    """Return the reasons that reading and mapping gave."""
+    if row is not None:
+        return row.reasons
+    return {Reason.WRONG_SHAPE if raw.reason is None else raw.reason}
+
+
+def _of_texts(texts: Any, params: ValidateParams) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        kind: pc.fill_null(pc.match_substring_regex(texts, _TEXT[kind]), False) if kind in params.text else _none(texts)
+        for kind in _TEXT
+    }
+    for kind, find in patterns.FINDERS.items():
+        if kind not in params.pii:
+            columns[kind] = _none(texts)
+            continue
+        hints: Any = pc.fill_null(pc.match_substring_regex(texts, patterns.HINTS[kind]), False)
+        found = [False] * len(texts)
+        for place in pc.indices_nonzero(hints).to_pylist():
+            found[place] = next(find(texts[place].as_py()), None) is not None
+        columns[kind] = pa.array(found, pa.bool_())
+    return columns
+
+
+def _of_ids(rows: list[Row | None], readable: list[bool], params: ValidateParams) -> pa.BooleanArray:
+    """Say which rows have an address for an id: it would be stored beside the row."""
+    looked_at = "email" in params.pii
+    return pa.array(
+        [
+            looked_at and ok and row is not None and row.id is not None and any(patterns.find_emails(row.id))
+            for row, ok in zip(rows, readable, strict=True)
+        ],
+        pa.bool_(),
+    )
+
+
+def _none(texts: Any) -> pa.BooleanArray:
+    return pa.array([False] * len(texts), pa.bool_())

@@ -1,0 +1,209 @@
+"""Sections `data` (where the rows are and how they are read) and `validate` (what they must fulfil)."""
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from regraft.params import Section
+from regraft.validate.template import columns
+
+Level = Literal["block", "warn"]
+"""`block`: the stage ends with exit code 3; `warn`: the report and the log say so, and the run goes on."""
+
+
+class Reason(StrEnum):
+    """Why a row is quarantined; a row may have several reasons."""
+
+    EMPTY_ROW = "empty_row"
+    NOT_UTF8 = "not_utf8"
+    NOT_JSON = "not_json"
+    NOT_CSV = "not_csv"
+    WRONG_SHAPE = "wrong_shape"
+    OVER_LONG = "over_long"
+    WRONG_ROLES = "wrong_roles"
+    MISSING_ANSWER = "missing_answer"
+    EMPTY_TEXT = "empty_text"
+    CONTROL_CHARACTERS = "control_characters"
+    BIDI_CHARACTERS = "bidi_characters"
+    MOJIBAKE = "mojibake"
+    EMAIL = "email"
+    CARD_NUMBER = "card_number"
+    SECRET = "secret"
+    ANSWER_NOT_JSON = "answer_not_json"
+    UNKNOWN_LABEL = "unknown_label"
+    WRONG_TIME = "wrong_time"
+    DUPLICATE = "duplicate"
+
+
+def _checked(template: str) -> str:
+    if not columns(template):
+        raise ValueError(f"a template with at least one column, as in '{{text}}', found {template!r}")
+    return template
+
+
+def _named(slices: object) -> object:
+    """Turn a list of columns into templates by name; anything else is left for pydantic to judge."""
+    if not isinstance(slices, list) or not all(isinstance(each, str) for each in slices):
+        return slices
+    return {name: "{" + name + "}" for name in slices}
+
+
+Template = Annotated[str, AfterValidator(_checked)]
+Slices = Annotated[dict[str, Template], BeforeValidator(_named)]
+
+
+class DataParams(Section):
+    """Where the rows are, and which columns make a conversation."""
+
+    raw: list[str] = Field(default=["data/raw"], min_length=1)
+    """Files, folders (read with all below them) and globs, relative to the clone. Read: .jsonl, .ndjson, .json (a list
+    of rows), .csv (commas), .tsv (tabs), all UTF-8. In a folder, names with a leading dot, .md, .dvc and files without
+    a suffix are left out; any other file that cannot be read counts against `expectations.files`."""
+
+    layout: Literal["messages", "prompt_answer"] = "messages"
+    """`messages`: one column holds the conversation, a list of {role, content}. `prompt_answer`: templates build one
+    question and its answer from columns."""
+
+    messages: str = "messages"
+    """The conversation's column, for layout `messages`: roles system (only first), then user and assistant in turn."""
+
+    prompt: Template | None = None
+    """The user's message as a template over columns, such as "{text}", for layout `prompt_answer`."""
+
+    answer: Template | None = None
+    """The assistant's message as a template over columns, such as "{category}", for layout `prompt_answer`."""
+
+    system: str | None = None
+    """A system message put first, for layout `prompt_answer`: a fixed text, or a template over columns."""
+
+    id: str | None = None
+    """The column with a row's own name, kept so that a row can be found again; it decides nothing."""
+
+    time: str | None = None
+    """The column with a row's time, ISO 8601 such as 2026-09-01 or 2026-09-01T10:00:00Z; freshness is judged by it."""
+
+    slices: Slices = Field(default_factory=dict)
+    """What results are told apart by: a list of columns, or {name: template}. Each a small set of values (at most
+    1,000), since every value is counted in reports."""
+
+    @model_validator(mode="after")
+    def _layout_has_its_columns(self) -> Self:
+        if self.layout == "prompt_answer" and (self.prompt is None or self.answer is None):
+            raise ValueError("`prompt` and `answer` templates with layout prompt_answer")
+        if self.layout == "messages" and (self.prompt or self.answer or self.system):
+            raise ValueError("layout: prompt_answer with the templates `prompt`, `answer` and `system`")
+        if self.system is not None:
+            columns(self.system)
+        return self
+
+
+class Labels(Section):
+    """Which answers are right in kind."""
+
+    json_field: str | None = None
+    """The field of a JSON answer that holds the label; null: the whole answer is the label."""
+
+    allowed: list[str] | None = None
+    """Every label there is; null: any text. A row with another label is quarantined as `unknown_label`."""
+
+
+class AtLeast(Section):
+    """A number of rows that must be there."""
+
+    level: Level = "block"
+    """What happens when there are fewer."""
+
+    minimum: int = Field(ge=0)
+    """Rows, at least."""
+
+
+class AtMost(Section):
+    """A share of all rows read that may be so."""
+
+    level: Level = "block"
+    """What happens when there are more."""
+
+    share: float = Field(ge=0, le=1)
+    """Share of the rows read, at most; 0 to 1."""
+
+
+class FilesAtMost(Section):
+    """A number of files that may be unreadable."""
+
+    level: Level = "block"
+    """What happens when there are more."""
+
+    unreadable: int = Field(default=0, ge=0)
+    """Files, at most, that are of an unknown format, empty, or without one row that could be read."""
+
+
+class SliceAtLeast(Section):
+    """Rows that each value of a slice must have."""
+
+    level: Level = "warn"
+    """What happens when a value has fewer."""
+
+    minimum: int = Field(ge=0)
+    """Accepted rows of each value that occurs, at least."""
+
+    values: list[str] | None = None
+    """Values that must occur; null: no value must."""
+
+
+class Expectations(Section):
+    """What the whole set of rows must fulfil, each with a level and a threshold."""
+
+    rows: AtLeast = AtLeast(minimum=1)
+    """Accepted rows."""
+
+    quarantined: AtMost = AtMost(share=0.1)
+    """Rows quarantined for whatever reason: more than a few per cent is a broken source, not single bad rows."""
+
+    duplicates: AtMost = AtMost(level="warn", share=0.05)
+    """Rows whose messages occurred before, in this file or an earlier one."""
+
+    files: FilesAtMost = FilesAtMost()
+    """Files that cannot be read: a file left out silently is a hole in the data."""
+
+    reasons: dict[Reason, AtMost] = Field(default_factory=dict)
+    """Rows quarantined for one reason; a row with two reasons counts in both."""
+
+    slices: dict[str, SliceAtLeast] = Field(default_factory=dict)
+    """Rows of a slice's values, by the slice's name in `data.slices`."""
+
+
+class ValidateParams(Section):
+    """What every row, and the set of rows, must fulfil."""
+
+    max_bytes: int = Field(default=16_384, ge=1, le=1_000_000)
+    """UTF-8 bytes of a row's texts together, at most; 1 to 1,000,000. Longer rows are pasted documents and would be
+    cut at `preprocess.max_length` anyway."""
+
+    answers_are_json: bool = False
+    """Whether the last assistant message must parse as JSON (strictly: no NaN, nothing after it)."""
+
+    labels: Labels | None = None
+    """Which labels answers may hold; null: answers are free text."""
+
+    text: list[Literal["control_characters", "bidi_characters", "mojibake"]] = Field(
+        default=["control_characters", "bidi_characters", "mojibake"]
+    )
+    """What a row's texts must not hold: control characters other than tab and line ends; characters that reorder what
+    a reader sees; UTF-8 that was decoded as something else."""
+
+    pii: list[Literal["email", "card_number", "secret"]] = Field(default=["email", "card_number", "secret"])
+    """What must not be learnt: e-mail addresses, card numbers (by issuer, length and Luhn digit), API keys and private
+    keys. All kinds are masked in quarantine.parquet, whether or not they are listed here."""
+
+    duplicates: Literal["keep", "quarantine"] = "keep"
+    """What happens to a row whose messages occurred before: `keep` counts it and lets `preprocess` drop it."""
+
+    expectations: Expectations = Expectations()
+    """What the whole set of rows must fulfil."""
+
+    @model_validator(mode="after")
+    def _label_field_is_of_json(self) -> Self:
+        if self.labels is not None and self.labels.json_field is not None and not self.answers_are_json:
+            raise ValueError("`answers_are_json: true` with `labels.json_field`")
+        return self

@@ -1,0 +1,107 @@
+"""What must not be in a text: hidden characters, mojibake, personal data and secrets; and how it is masked.
+
+The patterns for Arrow are in RE2's syntax and run over a column at once. Personal data is found by Python patterns, which
+both detect and mask, so that what is found is what is masked; Arrow only picks the few texts worth a look.
+"""
+
+import re
+from collections.abc import Iterator
+
+CONTROL = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x7F\x{80}-\x{9F}]"
+"""C0 and C1 controls and DEL, without tab, line feed and carriage return (RE2)."""
+
+BIDI = r"[\x{202A}-\x{202E}\x{2066}-\x{2069}]"
+"""Embeddings, overrides and isolates of the bidirectional algorithm, as in CVE-2021-42574 (RE2)."""
+
+
+def _trail(without: str = "") -> str:
+    """Return a class of what the bytes 80-BF become when read as Windows-1252 or Latin-1."""
+    found = {chr(byte) for byte in range(0x80, 0xC0)}
+    found |= set(bytes(range(0x80, 0xC0)).decode("cp1252", errors="ignore"))
+    return "[" + "".join(f"\\x{{{ord(c):X}}}" for c in sorted(found - set(without))) + "]"
+
+
+MOJIBAKE = "|".join(
+    (
+        "\\x{FFFD}",
+        "[\u00c2\u00c3]" + _trail("\u2019\u201d"),  # two bytes of Latin-1; a closing quote after a capital is prose
+        "\u00e2[\u20ac\u201a\u201e\u2020\u02c6\u201d\u2013\u02dc\u0153\u0080\u0082\u0084\u0086\u0088]" + _trail(),
+        "\u00f0[\u0178\u009f]" + _trail() + "{2}",
+        "(?:[\u00c4-\u00df]" + _trail() + "){3}",  # Greek, Cyrillic: one alone may be a capital before a quote
+        "(?:[\u00e3-\u00ef]" + _trail() + "{2}){2}",  # Chinese, Japanese: one alone may be French before a guillemet
+    )
+)
+"""UTF-8 that was decoded as Windows-1252 or Latin-1, and the replacement character (RE2)."""
+
+EMAIL_HINT = r"\S@\S+\.\S"
+CARD_HINT = r"[0-9](?:[ .\x{A0}\x{202F}-]?[0-9]){12}"
+SECRET_HINT = r"sk-|AKIA|gh[pousr]_|github_pat_|xox[abeprs]-|hf_|glpat-|eyJ|PRIVATE KEY"
+
+_EMAIL = re.compile(r"[\w.+%'-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,63}")
+_GAP = "[ .\u00a0\u202f-]"
+_CARD = re.compile(
+    # The usual groupings, found at overlapping places: 99 4111 1111 1111 1111 holds one that starts at the second group.
+    rf"(?<![0-9])(?=([0-9]{{13,19}}(?![0-9])"
+    rf"|[0-9]{{4}}(?:{_GAP}[0-9]{{4}}){{3}}(?:{_GAP}[0-9]{{3}})?(?![0-9])"
+    rf"|[0-9]{{4}}{_GAP}[0-9]{{6}}{_GAP}[0-9]{{4,5}}(?![0-9])))"
+)
+_ISSUER = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[0689]|35|6011|64|65|62|50|5[6-9]|6[37]")
+_SECRET = re.compile(
+    r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[\s\S]*"
+    r"|\bsk-[A-Za-z0-9_-]{20,200}|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{30,255}|\bgithub_pat_\w{40,255}"
+    r"|\bxox[abeprs]-[A-Za-z0-9-]{10,200}|\bhf_[A-Za-z0-9]{30,100}|\bglpat-[\w-]{20,100}"
+    r"|\beyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,1000}"
+)
+
+
+def luhn(digits: str) -> bool:
+    """Say whether the last digit is the check digit of the others (ISO/IEC 7812-1, annex B)."""
+    total = 0
+    for place, digit in enumerate(reversed(digits)):
+        value = int(digit) * (1 + place % 2)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def find_emails(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where e-mail addresses are."""
+    for match in _EMAIL.finditer(text):
+        yield match.span()
+
+
+def find_cards(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where payment card numbers are.
+
+    That is: 13 to 19 digits in a usual grouping, of a known issuer, with a right check digit, and not the decimals of a
+    number.
+    """
+    end = 0
+    for match in _CARD.finditer(text):
+        start, stop = match.span(1)
+        digits = re.sub("[^0-9]", "", match.group(1))
+        decimals = start >= 2 and text[start - 1] == "." and text[start - 2].isdigit()
+        if start >= end and not decimals and _ISSUER.match(digits) and luhn(digits):
+            end = stop
+            yield start, stop
+
+
+def find_secrets(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where API keys, tokens and private keys are, by the forms that their issuers gave them."""
+    for match in _SECRET.finditer(text):
+        yield match.span()
+
+
+FINDERS = {"email": find_emails, "card_number": find_cards, "secret": find_secrets}
+"""How each kind of `validate.pii` is found."""
+
+HINTS = {"email": EMAIL_HINT, "card_number": CARD_HINT, "secret": SECRET_HINT}
+"""RE2 patterns that match wherever the finder of the same name might find something."""
+
+
+def mask(text: str) -> str:
+    """Return the text with every secret, card number and address replaced by its kind in brackets."""
+    for kind in ("secret", "card_number", "email"):
+        spans = list(FINDERS[kind](text))
+        for start, stop in reversed(spans):
+            text = f"{text[:start]}[{kind}]{text[stop:]}"
+    return text
