@@ -89,7 +89,7 @@ def _follow_starter(caller: int | None) -> None:
     """Send this process a SIGTERM when the process that started it, or a DVC between them, is gone."""
     import psutil
 
-    chain = []
+    chain: list[psutil.Process] = []
     for parent in psutil.Process().parents():
         is_dvc = "dvc" in " ".join(_command_line(parent))
         if not chain or is_dvc or parent.pid == caller:

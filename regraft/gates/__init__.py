@@ -1,0 +1,1 @@
+"""From reports and answers to verdicts. A gate without evidence says no."""

@@ -1,0 +1,223 @@
+"""All gates of one run, from the folders that the stages left: one verdict, bound to digests."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from regraft.artifacts import MANIFEST, digest_file, dir_digest, read_json, verify_dir
+from regraft.errors import DamagedArtifact, MissingInput
+from regraft.evaluate.answers import Answer, read_answers
+from regraft.evaluate.params import EvaluateParams
+from regraft.evaluate.report import BASE, EvaluateReport
+from regraft.evaluate.store import Stored, scores
+from regraft.gates import comparison, data, supervision, training
+from regraft.gates.params import ComparisonGate, GatesParams
+from regraft.gates.verdict import Check, Verdict, closed, decide, refuse, same
+from regraft.layout import Layout
+from regraft.model.params import Quantization
+from regraft.model.report import BaseReport
+from regraft.preprocess.report import PreprocessReport
+from regraft.train.report import TrainReport
+from regraft.validate.report import ValidateReport
+
+RUN = "run"
+CHALLENGER = "challenger"
+NONE = "none"
+"""What `judged["champion"]` is where there is no champion."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The adapter in use, and what is known about its answers."""
+
+    adapter: str
+    """Its digest."""
+    answers: Path
+    """The answers that were registered with it: on the rows that it was judged on."""
+    scored: Stored | None
+    """Its score on the present holdout. None where it is for another base than the present one and cannot be scored
+    here: then its registered answers stand in, on the rows that both have answered."""
+    label: str = "the champion"
+    """How messages call it."""
+
+
+def champion_evidence(
+    layout: Layout,
+    params: EvaluateParams,
+    quantization: Quantization,
+    *,
+    adapter: Path,
+    base: str,
+    answers: Path,
+    label: str = "the champion",
+) -> Champion:
+    """Gather what the comparison needs about the champion; scores it on the present holdout if that was not done yet.
+
+    Args:
+        layout: the clone, with the stages `model` and `preprocess` up to date.
+        params: the section `evaluate`.
+        quantization: `model.quantization`.
+        adapter: the champion's adapter, fetched and verified.
+        base: digest of the base that it was trained on.
+        answers: the `answers.parquet` that was registered with it.
+        label: how messages call it.
+
+    Raises:
+        StageFailed: scoring ended with an error.
+    """
+    from regraft.model.adapter import adapter_digest
+
+    present = BaseReport.load(layout.stage("model") / "report.json").digest
+    scored = scores(layout, params, quantization, adapter) if base == present else None
+    return Champion(adapter=adapter_digest(adapter), answers=answers, scored=scored, label=label)
+
+
+def judge_run(layout: Layout, params: GatesParams, champion: Champion | None) -> Verdict:
+    """Ask the gates data, supervision, training and comparison about the present run, and join their answers.
+
+    Writes nothing. The verdict is about the adapter in `data/work/train` and names the digests of adapter, base,
+    tokenizer, data (training blocks), rows (accepted rows), holdout and champion.
+    """
+    judged, problem = _present(layout)
+    judged["champion"] = NONE if champion is None else champion.adapter
+    if problem:
+        return refuse(RUN, problem, judged)
+
+    def pick(*names: str) -> dict[str, str]:
+        return {name: judged[name] for name in names}
+
+    def ask_data() -> Verdict:
+        folder = layout.stage("validate")
+        report = ValidateReport.load(_verified(folder, "report.json"))
+        rows = digest_file(_verified(folder, "rows.parquet"))
+        return data.judge_data(params.data, report, rows=rows, expected=pick("rows"))
+
+    def ask_supervision() -> Verdict:
+        report = PreprocessReport.load(_verified(layout.stage("preprocess"), "report.json"))
+        return supervision.judge_supervision(params.supervision, report, expected=pick("tokenizer", "data", "holdout"))
+
+    def ask_training() -> Verdict:
+        from regraft.model.adapter import adapter_digest
+
+        folder = layout.stage("train")
+        verify_dir(folder)
+        report = TrainReport.load(folder / "report.json")
+        metrics = training.read_metrics(folder / "metrics.jsonl")
+        present = adapter_digest(folder / "adapter")
+        expected = pick("adapter", "base", "tokenizer", "data")
+        return training.judge_training(params.training, report, metrics, adapter=present, expected=expected)
+
+    verdicts = [
+        closed(data.GATE, judged, ask_data),
+        closed(supervision.GATE, judged, ask_supervision),
+        closed(training.GATE, judged, ask_training),
+        judge(params.comparison, evaluated=layout.stage("evaluate"), champion=champion, judged=judged),
+    ]
+    return all_gates(verdicts, judged)
+
+
+def all_gates(verdicts: list[Verdict], judged: Mapping[str, str]) -> Verdict:
+    """Join verdicts into one that passes only if all do; each check is named after its gate."""
+    checks = [
+        check.model_copy(update={"name": f"{verdict.gate}.{check.name}"})
+        for verdict in verdicts
+        for check in verdict.checks
+    ]
+    return decide(RUN, checks, judged)
+
+
+def judge(params: ComparisonGate, *, evaluated: Path, champion: Champion | None, judged: Mapping[str, str]) -> Verdict:
+    """Compare challenger and champion (or base) from the folders that hold their answers; writes nothing.
+
+    Args:
+        params: margins and confidences.
+        evaluated: output of the stage `evaluate`.
+        champion: the adapter in use; None where there is none.
+        judged: digests of what is to be judged: `adapter`, `base`, `tokenizer`, `holdout`, `champion`.
+    """
+
+    def ask() -> Verdict:
+        verify_dir(evaluated)
+        report = EvaluateReport.load(evaluated / "report.json")
+        if stale := _stale(report, CHALLENGER, judged):
+            return decide(comparison.GATE, stale, judged)
+        challenger = read_answers(evaluated / f"answers-{CHALLENGER}.parquet")
+        if champion is not None and champion.adapter == judged["adapter"]:
+            return comparison.compare(params, [], [], known_rows=(), judged=judged)  # the same one
+        if champion is None:
+            base = read_answers(evaluated / f"answers-{BASE}.parquet")
+            return comparison.compare(params, challenger, base, known_rows=None, judged=judged)
+        known = read_answers(champion.answers)
+        if champion.scored is None:
+            challenger, opponent = _shared(challenger, known)
+        else:
+            verify_dir(champion.scored.report.parent)
+            scored = EvaluateReport.load(champion.scored.report)
+            expected = {"base": judged["base"], "holdout": judged["holdout"], "adapter": champion.adapter}
+            expected |= {"parameters": report.params_digest, "code": report.code_digest}
+            if stale := _stale(scored, "adapter", expected):
+                return decide(comparison.GATE, stale, judged)
+            opponent = read_answers(champion.scored.answers)
+        known_rows = {row.row_id for row in known}
+        return comparison.compare(params, challenger, opponent, known_rows=known_rows, judged=judged)
+
+    return closed(comparison.GATE, judged, ask)
+
+
+def _stale(report: EvaluateReport, name: str, expected: Mapping[str, str]) -> list[Check]:
+    found = {
+        "adapter": report.adapters.get(name, "of no adapter"),
+        "base": report.base_digest,
+        "tokenizer": report.tokenizer_digest,
+        "holdout": report.holdout_digest,
+        "parameters": report.params_digest,
+        "code": report.code_digest,
+    }
+    wanted = {key: digest for key, digest in expected.items() if key in found}
+    return same(wanted, found, "the score of the " + ("challenger" if name == CHALLENGER else "champion"))
+
+
+def _shared(challenger: list[Answer], champion: list[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """Keep the rows that both have answered."""
+    mine, theirs = {row.row_id for row in challenger}, {row.row_id for row in champion}
+    both = mine & theirs
+    return [row for row in challenger if row.row_id in both], [row for row in champion if row.row_id in both]
+
+
+def _present(layout: Layout) -> tuple[dict[str, str], str]:
+    """Return the digests of what lies there to be judged, each taken from the stage that made it, and what is missing."""
+    from regraft.model.adapter import adapter_digest
+
+    judged: dict[str, str] = {}
+    problems = []
+    for stage in ("model", "validate", "preprocess", "train", "evaluate"):
+        try:
+            dir_digest(layout.stage(stage))
+            if stage == "model":
+                base = BaseReport.load(_verified(layout.stage(stage), "report.json"))
+                judged |= {"base": base.digest, "tokenizer": base.tokenizer_digest}
+            elif stage == "preprocess":
+                prepared = PreprocessReport.load(_verified(layout.stage(stage), "report.json"))
+                judged |= {
+                    "data": prepared.train_digest,
+                    "holdout": prepared.holdout_digest,
+                    "rows": prepared.rows_digest,
+                }
+            elif stage == "train":
+                judged["adapter"] = adapter_digest(layout.stage(stage) / "adapter")
+        except (MissingInput, DamagedArtifact) as error:
+            problems.append(error.message)
+    return judged, "; ".join(problems)
+
+
+def _verified(folder: Path, name: str) -> Path:
+    """Return a file of a committed folder after comparing its bytes with the manifest."""
+    if not (folder / name).is_file():
+        raise MissingInput(f"{folder / name} is missing", fix=f"regraft {folder.name}")
+    try:
+        wanted = read_json(folder / MANIFEST)["files"][name]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise DamagedArtifact(f"{folder / MANIFEST} does not list {name}") from error
+    if digest_file(folder / name) != wanted:
+        raise DamagedArtifact(f"{folder / name} is damaged: its sha256 differs from the manifest's")
+    return folder / name
