@@ -1,0 +1,57 @@
+"""Parameters of the base model: which one, how it is quantised, how it attends."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from regraft.model.standin import StandinParams
+from regraft.params import Section
+
+STANDIN = "standin"
+"""The value of `model.base` that stands for the model trained here, on the shipped corpus."""
+
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class Quantization(Section):
+    """How the frozen base lies in memory while an adapter is trained and evaluated on it (QLoRA, arXiv:2305.14314)."""
+
+    bits: Literal[4, 8, 16] = 4
+    """Bits for each weight of a linear layer: 4 or 8 (bitsandbytes), or 16 for the weights as they are."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    """Code book of 4-bit weights. NF4 suits normally distributed weights, which trained ones are."""
+
+    double_quant: bool = True
+    """Quantise the scales of 4-bit blocks too: saves 0.37 bits for each weight, at no measurable loss."""
+
+    compute_dtype: Dtype = "auto"
+    """What matrices are multiplied in. `auto`: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+
+    skip_modules: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Names of linear layers that stay unquantised, besides the output layer, which always does."""
+
+
+class ModelParams(Section):
+    """The base model that adapters are trained on."""
+
+    base: str = Field(default=STANDIN, min_length=1)
+    """`standin`, a folder with safetensors weights, config and tokenizer, or the id of a model on the Hugging Face hub."""
+
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    """Commit of a hub model, 40 hexadecimal digits: a branch moves, and a version must name the weights it is for."""
+
+    standin: StandinParams = Field(default_factory=StandinParams)
+    """The small model that is trained here when `base` is `standin`."""
+
+    quantization: Quantization = Field(default_factory=Quantization)
+    """How the base lies in memory."""
+
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel: PyTorch's fused one, or plain matrix products, slower and easier to inspect."""
+
+    @model_validator(mode="after")
+    def _check_revision(self) -> "ModelParams":
+        if self.base == STANDIN and self.revision is not None:
+            raise ValueError("a `revision` only where `base` is the id of a hub model; the stand-in has none")
+        return self

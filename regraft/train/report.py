@@ -1,0 +1,72 @@
+"""What training measured; the training gate decides from it."""
+
+from pydantic import BaseModel, ConfigDict
+
+from regraft.report import Report
+
+
+class AdaptedModule(BaseModel):
+    """One linear layer that carries an adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    """The module's path in the base model, e.g. `model.layers.0.self_attn.q_proj`."""
+    rank: int
+    a_norm: float
+    """Frobenius norm of A (rank x in); its initial value is random and not zero. -1 where it is not finite."""
+    b_norm: float
+    """Frobenius norm of B (out x rank), zero before training. -1 where it is not finite."""
+
+
+class TrainReport(Report):
+    """How one adapter came to be, and the facts about it; equal inputs give equal bytes on a CPU."""
+
+    base: str
+    """Name of the base model, as in `adapter_config.json`."""
+    base_digest: str
+    tokenizer_digest: str
+    dataset_digest: str
+    """`train_digest` of the preprocess report."""
+    params_digest: str
+    """Digest of the sections `train`, `model.quantization` and `model.attention`."""
+    adapter_digest: str
+    """Digest of {file: sha256} of the adapter's folder."""
+    seed: int
+
+    planned_steps: int
+    """Optimizer steps that epochs or `max_steps` ask for."""
+    steps: int
+    """Optimizer steps done; less than planned would mean a broken run."""
+    blocks: int
+    """Packed blocks of the training set."""
+    tokens_seen: int
+    """Tokens that went through the model, padding not counted, over all steps."""
+    tokens_trained: int
+    """Tokens that carried a loss, over all steps."""
+
+    loss_first: float
+    """Mean of the loss for each trained token over the first tenth of the steps (at least one)."""
+    loss_last: float
+    """The same over the last tenth."""
+    loss_decreased: bool
+    """`loss_last` < `loss_first`."""
+    all_finite: bool
+    """Every loss and gradient norm, taken raw at every step, and every trained parameter was finite."""
+    non_finite_steps: list[int]
+    """Steps whose raw loss or gradient norm was not finite; training stops at the first, so a report has none."""
+    non_finite_parameters: list[str]
+    """Adapter tensors that hold a value that is not finite."""
+    grad_norm_largest: float
+    """Largest gradient norm before clipping."""
+
+    adapted_modules: list[AdaptedModule]
+    """Every layer that carries an adapter, by name."""
+    expected_modules: list[str]
+    """Every layer that `target_modules` asks for, found by walking the base, not by asking PEFT."""
+    missing_modules: list[str]
+    """Expected layers that carry no adapter."""
+    zero_b: list[str]
+    """Adapted layers whose B is zero everywhere: they change nothing."""
+    trainable_parameters: int
+    total_parameters: int
+    """Parameters of the base, as stored."""

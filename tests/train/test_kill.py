@@ -1,0 +1,148 @@
+"""The stage as a process of its own: killed, preempted, and run again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from regraft.model.params import ModelParams
+from regraft.train.params import TrainParams
+
+ROOT = Path(__file__).parents[2]
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def clone(pinned: Path, dataset: Path, params: TrainParams, tmp_path: Path) -> Path:
+    """A clone in which `python -m regraft.train` finds what it needs."""
+    sections = {"model": ModelParams().model_dump(mode="json"), "train": params.model_dump(mode="json")}
+    (tmp_path / "params.yaml").write_text(json.dumps(sections))  # JSON is YAML
+    shutil.copytree(pinned, tmp_path / "data/work/model")
+    shutil.copytree(dataset, tmp_path / "data/work/preprocess")
+    return tmp_path
+
+
+def _stage(clone: Path, failpoint: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "regraft.train"],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "REGRAFT_FAILPOINT": failpoint, **extra},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def expected(pinned: Path, dataset: Path, params: TrainParams, tmp_path: Path) -> dict[str, bytes]:
+    from regraft.train.trainer import train
+
+    out = tmp_path / "undisturbed/train"
+    train(
+        params, ModelParams(), base=pinned, dataset=dataset, out=out, checkpoints=tmp_path / "undisturbed/checkpoints"
+    )
+    return _bytes(out)
+
+
+def test_killed_then_preempted_then_left_alone_it_ends_with_the_undisturbed_bytes(
+    clone: Path, expected: dict[str, bytes]
+) -> None:
+    killed = _stage(clone, "train.checkpoint@2")
+    assert killed.returncode == -signal.SIGKILL
+
+    preempted = _stage(clone, "train.step@1=TERM")
+    outcome = json.loads((clone / "data/work/outcomes/train.json").read_text())
+    assert (preempted.returncode, outcome["exit_code"], outcome["error"]["type"]) == (5, 5, "Preempted")
+    assert "after step 3 of 6" in preempted.stderr
+    assert "Traceback" not in preempted.stderr
+
+    finished = _stage(clone)
+    assert finished.returncode == 0, finished.stderr
+    assert _bytes(clone / "data/work/train") == expected
+    assert json.loads((clone / "data/work/measurements/train.json").read_text())["resumed_from"] == "step-000003"
+
+
+@pytest.mark.faults
+def test_a_kill_at_every_failpoint_of_training_ends_with_the_undisturbed_bytes(
+    clone: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    passages, work = tmp_path / "passages.log", clone / "data/work"
+    with _forking(clone, REGRAFT_FAILPOINT_LOG=str(passages)) as stage:
+        assert stage("") == 0
+        points = _numbered(passages.read_text().split())
+        assert {"train.step", "train.checkpoint", "train.checkpointed", "train.finish", "train.saved"} <= {
+            point.partition("@")[0] for point in points
+        }
+
+        for point in points:
+            for left in ("train", "checkpoints"):
+                shutil.rmtree(work / left, ignore_errors=True)
+            assert stage(point) == -signal.SIGKILL, point
+            assert stage("") == 0, point
+            assert _bytes(work / "train") == expected, point
+            assert not list(work.glob(".*.tmp")), point
+
+
+FORKING = """
+import os, sys
+import bitsandbytes, datasets, peft, transformers
+import regraft.train.loop, regraft.train.trainer
+from regraft.stage import run_stage
+from regraft.train.__main__ import Sections, body
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.environ["REGRAFT_FAILPOINT"] = line.strip()
+        os._exit(run_stage("train", Sections, body))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@contextmanager
+def _forking(clone: Path, **extra: str) -> Iterator[Callable[[str], int]]:
+    """Give a function that runs the stage with a failpoint in a fork of a process that has imported everything."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **extra}
+    with (
+        (clone / "stage.log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", FORKING],
+            cwd=clone,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+
+        def stage(failpoint: str) -> int:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(failpoint, file=process.stdin, flush=True)
+            return int(process.stdout.readline())
+
+        yield stage
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """Each passage by its number, the third and later ones of a repeated failpoint thinned to the last."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+    return [f"{name}@{number}" for name, count in counts.items() for number in sorted({1, 2, count}) if number <= count]
+
+
+@pytest.fixture(autouse=True)
+def _no_failpoint_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REGRAFT_FAILPOINT", raising=False)

@@ -1,0 +1,87 @@
+"""Packing must not change what is learned: losses and gradients of packed blocks against single documents."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCUMENTS = [
+    ([11, 12, 13, 14, 15, 16], [-100, -100, -100, 14, 15, 16]),
+    ([21, 22, 23], [-100, 22, 23]),
+    ([31, 32, 33, 34, 35, 36, 37, 38], [-100, -100, 33, 34, -100, -100, 37, 38]),
+    ([41, 42], [-100, 42]),
+    ([51, 52, 53, 54, 55], [-100, -100, 53, -100, 55]),
+]
+
+
+def _model(folder: Path, attention: str) -> Any:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation=attention)
+
+
+def _block(documents: list[tuple[list[int], list[int]]]) -> dict[str, list[int]]:
+    return {
+        "input_ids": [token for ids, _ in documents for token in ids],
+        "labels": [label for _, labels in documents for label in labels],
+        "position_ids": [position for ids, _ in documents for position in range(len(ids))],
+    }
+
+
+def _unpacked(model: Any) -> tuple[float, list[Any]]:
+    """Loss and gradients by the model's own loss, each document alone and without positions or padding."""
+    import torch
+
+    model.zero_grad()
+    total = 0.0
+    for ids, labels in DOCUMENTS:
+        trained = sum(label != -100 for label in labels[1:])
+        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss * trained
+        loss.backward()
+        total += loss.item()
+    return total, [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        pytest.param([DOCUMENTS], id="one block"),
+        pytest.param([DOCUMENTS[:2], DOCUMENTS[2:]], id="two blocks, one of them padded"),
+        pytest.param([[document] for document in DOCUMENTS], id="a document each, padded"),
+    ],
+)
+def test_packed_losses_and_gradients_equal_those_of_documents_alone(
+    tiny_base: Path, attention: str, blocks: list[Any]
+) -> None:
+    import torch
+
+    from regraft.train.data import collate
+    from regraft.train.loss import summed_loss
+
+    model = _model(tiny_base, attention)
+    expected, gradients = _unpacked(model)
+
+    model.zero_grad()
+    loss = summed_loss(model, collate([_block(block) for block in blocks], pad_id=0))
+    loss.backward()
+
+    assert loss.item() == pytest.approx(expected, rel=2e-7)  # the loss itself is summed in fp32
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=2e-6)  # norms and softmax are fp32 inside
+
+
+def test_logits_are_computed_for_trained_tokens_only(tiny_base: Path) -> None:
+    from regraft.train.data import collate
+    from regraft.train.loss import summed_loss
+
+    model = _model(tiny_base, "sdpa")
+    shapes = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+
+    summed_loss(model, collate([_block(DOCUMENTS)], pad_id=0))
+    handle.remove()
+
+    assert shapes == [(12, 400)]
+    assert not model.lm_head._forward_pre_hooks
