@@ -49,6 +49,9 @@ class TrainParams(Section):
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """AdamW's decoupled decay of A and B; 0 to 1."""
 
+    beta2: float = Field(default=0.999, gt=0, lt=1)
+    """AdamW's decay of the squared gradients' mean; above 0, below 1. 0.99 adapts faster, for runs of few steps."""
+
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm, over all parameters together, where they exceed it."""
 

@@ -212,6 +212,7 @@ def _arguments(params: TrainParams, model: ModelParams, scratch: Path) -> Any:
         per_device_train_batch_size=params.batch_size,
         gradient_accumulation_steps=params.accumulation,
         weight_decay=params.weight_decay,
+        adam_beta2=params.beta2,
         max_grad_norm=params.max_grad_norm,
         optim=params.optimizer,
         activation_checkpointing=params.gradient_checkpointing,
