@@ -1,0 +1,45 @@
+"""Clones whose stages have run, and an empty MLflow store for each test."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+
+def _load_clones() -> None:
+    """Make `import clones` work in importlib mode, in the processes that tests start, too."""
+    spec = importlib.util.spec_from_file_location("clones", Path(__file__).parent.parent / "clones.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["clones"] = module
+    spec.loader.exec_module(module)
+
+
+_load_clones()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite store (copy it)."""
+    from regraft.register.service import initialise, prepare_mlflow
+
+    prepare_mlflow(2)
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    initialise(file)
+    return file
+
+
+@pytest.fixture
+def clone(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Make the present adapter of a clone with a store of its own: `clone(adapter="two", champion=digest)`."""
+    import clones
+
+    for name in ("MLFLOW_TRACKING_URI", "REGRAFT_FAILPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    root = tmp_path / "a clone"
+    clones.copy_store(empty_store, root)
+    return partial(clones.make, root)
