@@ -1,0 +1,310 @@
+"""The export: merge the candidates, measure them in a fresh process, publish the best if it passes, else nothing.
+
+data/exports/<identity16>/   a verified export            data/exports/latest   a link to the newest
+data/exports/refused/        certificates of refusals     data/exports/.work/   candidates, while one is made
+"""
+
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.artifacts import (
+    commit_dir,
+    digest_file,
+    digest_json,
+    hold,
+    pretty_json,
+    verify_dir,
+    write_file,
+)
+from regraft.errors import Exit, GateRefused, ParamsError, PinMismatch, RegraftError, StageFailed
+from regraft.evaluate.holdout import holdout_digest, read_holdout
+from regraft.evaluate.params import EvaluateParams
+from regraft.export.card import model_card
+from regraft.export.certificate import CERTIFICATE, LINEAGE, README, choose, judge, verify_export
+from regraft.export.folder import licence_files, licence_name, write_companions
+from regraft.export.merge import Plan, merge, plan_merge, read_config
+from regraft.export.params import ExportParams, Source
+from regraft.export.publish import point_latest, prune, publish
+from regraft.export.report import Candidate, Certificate, ExportReport, Scores
+from regraft.export.sources import dequantized, quantized_modules
+from regraft.export.tensors import Reader
+from regraft.export.verify import Entrant, Job
+from regraft.failpoints import failpoint
+from regraft.model.adapter import check_adapter
+from regraft.model.load import Base, open_base
+from regraft.model.params import Quantization
+
+if TYPE_CHECKING:
+    from regraft.export.merge import Weights
+
+log = logging.getLogger("regraft")
+_REFUSED = "refused"
+_FORMAT = 1  # raised when equal inputs would give other bytes
+
+
+def export(
+    params: ExportParams,
+    quantization: Quantization,
+    evaluate: EvaluateParams,
+    *,
+    base: Path,
+    adapter: Path,
+    dataset: Path,
+    lineage: dict[str, Any],
+    out_root: Path,
+    identity: str,
+) -> ExportReport:
+    """Merge an adapter into its base, prove the files, and publish them as `out_root/<identity16>`.
+
+    Args:
+        params: thresholds, candidates, type of the weights.
+        quantization: how the base lay in memory when the adapter was trained.
+        evaluate: how answers are made and graded.
+        base: output of the stage `model`.
+        adapter: folder of the adapter.
+        dataset: output of the stage `preprocess`, for its holdout.
+        lineage: what made the version (`regraft.lineage`); its section `identity` names adapter, base and tokenizer.
+        out_root: folder of all exports.
+        identity: the version's identity, 64 hexadecimal digits.
+
+    Raises:
+        GateRefused: the merged files differ too much, or nothing could be measured. Earlier exports are untouched.
+        PinMismatch: base, tokenizer or adapter are not those that were pinned or registered.
+        DamagedArtifact, MissingInput: an input is unfit or not there.
+        Busy: another export into `out_root` is running.
+        StageFailed: the verifying process died.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", identity):
+        raise ParamsError(f"identity: found {identity!r}, expected 64 hexadecimal digits")
+    with hold(out_root / ".work/lock", "the export"):
+        opened, checked = open_base(base), check_adapter(adapter)
+        _check_lineage(lineage, identity, opened, checked.digest)
+        judged = {
+            "adapter": checked.digest,
+            "base": opened.report.digest,
+            "tokenizer": opened.report.tokenizer_digest,
+            "holdout": holdout_digest(dataset),
+        }
+        settings = [params.model_dump(mode="json", exclude={"keep"}), quantization.model_dump(mode="json")]
+        key = digest_json([_FORMAT, identity, judged["adapter"], judged["base"], judged["tokenizer"], settings])
+        destination = out_root / identity[:16]
+        work = out_root / ".work" / key[:16]
+        found = _existing(destination, key)
+        _sweep(work.parent, None if found else work)
+        if found is not None:
+            return _finish(found, out_root, params, already=True)
+
+        work.mkdir(exist_ok=True)
+        try:
+            plan = plan_merge(opened.folder, adapter, params.dtype)
+            sources = _sources(params, quantization)
+            _check_disk(
+                plan, [source for source in sources if not (work / source).is_dir()], dataset, params.rows, work
+            )
+            job = Job(
+                base=base.absolute(),
+                adapter=adapter.absolute(),
+                adapter_digest=checked.digest,
+                dataset=dataset.absolute(),
+                quantization=quantization,
+                evaluate=evaluate,
+                rows=params.rows,
+                entrants=[_candidate(source, plan, params, quantization, work) for source in sources],
+                scratch=work.absolute(),
+                out=(work / "scores.json").absolute(),
+            )
+            failpoint("export.verify")
+            scores = _verified(job, work)
+            chosen = choose(scores)
+            draft = _certificate(params, quantization, opened, judged, lineage, identity, key, scores, chosen)
+            certificate = _publish(draft, chosen, opened, lineage, work, out_root)
+        except StageFailed:
+            raise  # what is merged already is used again
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        report = _finish(certificate, out_root, params, already=False)
+        shutil.rmtree(work)
+        return report
+
+
+def _check_lineage(lineage: dict[str, Any], identity: str, base: Base, adapter_digest: str) -> None:
+    """Refuse a lineage of another version, and an adapter, base or tokenizer other than the lineage names."""
+    section = lineage.get("identity")
+    parts = {name: value for name, value in section.items() if name != "digest"} if isinstance(section, dict) else {}
+    if digest_json(parts) != identity:
+        raise PinMismatch(
+            f"the lineage is of version {digest_json(parts) if parts else 'unknown'}, to be exported is {identity}",
+            fix="give the lineage.json of the same version",
+        )
+    found = {"adapter": adapter_digest, "base": base.report.digest, "tokenizer": base.report.tokenizer_digest}
+    wrong = [
+        f"the {name} has the digest {digest}, the lineage names {parts.get(name)}"
+        for name, digest in found.items()
+        if parts.get(name) != digest
+    ]
+    if wrong:
+        raise PinMismatch("; ".join(wrong), fix="restore the files, or export the version that belongs to them")
+
+
+def _existing(destination: Path, key: str) -> Certificate | None:
+    if not destination.is_dir():
+        return None
+    try:
+        certificate = verify_export(destination)
+    except RegraftError as error:
+        log.warning("export: the export that is there is made again: %s", error.message)
+        return None
+    return certificate if certificate.key == key else None
+
+
+def _sweep(folder: Path, kept: Path | None) -> None:
+    """Remove what killed exports left, but for the one that goes on; the lock says that none of them is running."""
+    for path in folder.iterdir():
+        if path.is_dir() and path != kept:
+            shutil.rmtree(path)
+
+
+def _sources(params: ExportParams, quantization: Quantization) -> list[Source]:
+    """The candidates that make sense: an unquantised base has only its original weights."""
+    return [source for source in params.candidates if source == "original" or quantization.bits != 16] or ["original"]
+
+
+def _check_disk(plan: Plan, missing: list[Source], dataset: Path, rows: int, work: Path) -> None:
+    """Refuse before the work when candidates and the reference's log-probabilities do not fit beside the exports."""
+    config = read_config(plan.base)
+    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
+    trained = sum(label != -100 for row in read_holdout(dataset, rows).rows for label in row.labels)
+    wanted = len(missing) * sum(step.target.size for step in plan.steps) + 4 * trained * vocabulary
+    free = shutil.disk_usage(work).free
+    if wanted > free:
+        raise RegraftError(
+            f"the export needs {wanted / 1e6:.1f} MB beside {work.parent.parent}, {free / 1e6:.1f} MB are free",
+            fix="free some space, name one candidate in export.candidates, or lower export.rows",
+        )
+
+
+def _candidate(source: Source, plan: Plan, params: ExportParams, quantization: Quantization, work: Path) -> Entrant:
+    """Merge one candidate into `work`, unless a killed export left it whole."""
+    from regraft.model.load import compute_dtype
+
+    folder = work / source
+    weights: Weights = Reader.blocks
+    assumed = None
+    if source == "dequantized":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports at import that it has no hub kernels
+        weights = dequantized(plan, quantization, compute_dtype(quantization))
+        assumed = quantized_modules(plan, quantization)
+    entrant = Entrant(source=source, folder=folder.absolute(), assumed=assumed)
+    try:
+        verify_dir(folder)
+    except RegraftError:
+        with commit_dir(folder) as temporary:
+            merge(plan, temporary, weights=weights)
+            write_companions(plan, temporary, dtype=params.dtype)
+        failpoint("export.merged")
+    return entrant
+
+
+def _verified(job: Job, work: Path) -> Scores:
+    """Run the verification in a process of its own and read its scores."""
+    file = work / "job.json"
+    write_file(file, job.model_dump_json().encode())
+    job.out.unlink(missing_ok=True)
+    last: deque[str] = deque(maxlen=3)
+    command = [sys.executable, "-m", "regraft.export.verify", str(file)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.strip():
+                last.append(line.strip())
+                log.info("%s", line.rstrip())
+    if process.returncode != 0 or not job.out.is_file():
+        raise StageFailed(
+            f"the verification ended with code {process.returncode}: {' / '.join(last) or 'it said nothing'}",
+            fix="run the same command again; what is merged already is used again",
+            stage="export",
+            code=process.returncode if process.returncode in tuple(Exit) else Exit.FAILED,
+        )
+    return Scores.load(job.out)
+
+
+def _publish(
+    certificate: Certificate, chosen: Candidate | None, base: Base, lineage: dict[str, Any], work: Path, out_root: Path
+) -> Certificate:
+    """Put the chosen candidate in its place, or keep the certificate of a refusal and raise."""
+    name = certificate.identity[:16]
+    if not certificate.verdict.passed or chosen is None:
+        refusal = out_root / _REFUSED / f"{name}.json"
+        certificate.save(refusal)
+        raise GateRefused(
+            "the merged model differs from the adapter on its training base: "
+            + " ".join(certificate.verdict.reasons)
+            + f" Nothing was published; the figures are in {refusal}",
+            fix="compare the candidates' figures there; merged weights in fp32, or another adapter, may be nearer",
+        )
+    extras = {path.name: path.read_bytes() for path in licence_files(base.folder)}
+    card = model_card(certificate, lineage, licence=licence_name(base.folder), name=f"{base.name}, {name}")
+    extras |= {README: card, LINEAGE: pretty_json(lineage)}
+    certificate = publish(work / chosen.source, extras, certificate, out_root / name)
+    verify_export(out_root / name)
+    return certificate
+
+
+def _certificate(
+    params: ExportParams,
+    quantization: Quantization,
+    base: Base,
+    judged: dict[str, str],
+    lineage: dict[str, Any],
+    identity: str,
+    key: str,
+    scores: Scores,
+    chosen: Candidate | None,
+) -> Certificate:
+    judged = {**judged, "merged": chosen.digest} if chosen else judged
+    return Certificate(
+        identity=identity,
+        key=key,
+        verdict=judge(params, scores, chosen, judged),
+        chosen=chosen.source if chosen else None,
+        dtype=params.dtype,
+        base={name: getattr(base.report, name) for name in ("source", "name", "revision", "digest")},
+        quantization=quantization.model_dump(mode="json"),
+        adapter_digest=judged["adapter"],
+        tokenizer_digest=judged["tokenizer"],
+        lineage_digest=digest_json(lineage),
+        reference=scores.reference,
+        candidates=scores.candidates,
+        environment=scores.environment,
+        files={},
+    )
+
+
+def _finish(certificate: Certificate, out_root: Path, params: ExportParams, *, already: bool) -> ExportReport:
+    """Move the pointer, remove what `keep` leaves no room for, and report."""
+    name = certificate.identity[:16]
+    point_latest(out_root, name)
+    (out_root / _REFUSED / f"{name}.json").unlink(missing_ok=True)
+    removed = prune(out_root, params.keep)
+    parity = next(each.parity for each in certificate.candidates if each.source == certificate.chosen)
+    assert certificate.chosen is not None
+    assert parity is not None
+    log.info("export: %s %s", "already exported:" if already else "published", out_root / name)
+    return ExportReport(
+        identity=certificate.identity,
+        folder=name,
+        already_exported=already,
+        certificate_digest=digest_file(out_root / name / CERTIFICATE),
+        chosen=certificate.chosen,
+        parity=parity,
+        reference_exact_match=certificate.reference.exact_match,
+        size=sum(entry.size for entry in certificate.files.values()),
+        removed=removed,
+    )
