@@ -1,1 +1,1 @@
-"""Flows: the order of tasks, where they run, what triggers them, and their commands for the CLI."""
+"""The order of the tasks, where they run and what triggers them; `flows.cli` holds their commands."""

@@ -66,7 +66,7 @@ def repro(layout: Layout, stage: str, *, echo: Callable[[str], None] | None = No
     began = time.monotonic()
     while True:
         run = secrets.token_hex(8)
-        code, tail = _run_dvc(layout, ["repro", "--single-item", stage], run, echo)
+        code, tail = _run_group(layout, [*_dvc(), "repro", "--single-item", stage], run, echo)
         if code == 0:
             return StageResult(stage, _outcome(layout, stage, run) is not None, time.monotonic() - began)
         _wait_for_release(layout, stage)
@@ -80,6 +80,19 @@ def repro(layout: Layout, stage: str, *, echo: Callable[[str], None] | None = No
         time.sleep(1.0)
     restore(layout, stage)
     raise _failure(stage, code, outcome, tail)
+
+
+def run_module(layout: Layout, name: str, arguments: list[str], *, echo: Callable[[str], None] | None = None) -> None:
+    """Run `python -m regraft.NAME` in the clone, in a process group of its own; for heavy steps outside `dvc.yaml`.
+
+    Raises:
+        StageFailed, Busy, Preempted: as the process's own outcome says.
+    """
+    run = secrets.token_hex(8)
+    code, tail = _run_group(layout, [sys.executable, "-m", f"regraft.{name}", *arguments], run, echo)
+    if code:
+        _wait_for_release(layout, name)
+        raise _failure(name, code, _outcome(layout, name, run), tail)
 
 
 def restore(layout: Layout, stage: str) -> bool:
@@ -98,16 +111,15 @@ def changed(layout: Layout) -> dict[str, list[str]]:
     """Return the stages that would run, in order, each with its reasons; empty where everything is up to date.
 
     Raises:
+        Busy: a live run works on a stage.
         RegraftError: DVC cannot say (`dvc.yaml` damaged, no DVC here).
     """
-    done = subprocess.run(
-        [*_dvc(), "status", "--json"], cwd=layout.root, env=_environment(), capture_output=True, text=True, check=False
-    )
+    done = _status(layout)
     try:
-        status: dict[str, list[Any]] = json.loads(done.stdout) if done.returncode == 0 else None
+        status = json.loads(done.stdout) if done.returncode == 0 else None
     except ValueError:
-        status = None  # type: ignore[assignment]
-    if status is None:
+        status = None
+    if not isinstance(status, dict):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RegraftError(
             f"DVC cannot say what changed: {last}", fix="run `dvc status` in the clone and mend what it says"
@@ -119,6 +131,21 @@ def changed(layout: Layout) -> dict[str, list[str]]:
         if own or upstream:
             reasons[stage] = own or upstream
     return reasons
+
+
+def _status(layout: Layout) -> "subprocess.CompletedProcess[str]":
+    """Ask `dvc status`; a run whose starter was killed is given the time to write its checkpoint and end."""
+    command = [*_dvc(), "status", "--json"]
+    deadline = time.monotonic() + _GRACE
+    while True:
+        done = subprocess.run(command, cwd=layout.root, env=_environment(), capture_output=True, text=True, check=False)
+        if done.returncode == 0 or not _LOCKED.search(done.stderr):
+            return done
+        for stage in STAGES:
+            _wait_for_orphan(layout, stage)
+        if time.monotonic() > deadline:
+            raise Busy("DVC is busy in this clone", fix="wait for the other run, then run the same command again")
+        time.sleep(1.0)
 
 
 def expected_seconds(layout: Layout, stage: str) -> float | None:
@@ -149,12 +176,12 @@ def require(layout: Layout, stage: str) -> None:
             raise MissingInput(f"`{stage}` needs the output of `{name}`, which is missing", fix=f"regraft {name}")
 
 
-def _run_dvc(
-    layout: Layout, arguments: list[str], run: str, echo: Callable[[str], None] | None
+def _run_group(
+    layout: Layout, command: list[str], run: str, echo: Callable[[str], None] | None
 ) -> tuple[int, list[str]]:
     tail: deque[str] = deque(maxlen=40)
     process = subprocess.Popen(
-        [*_dvc(), *arguments],
+        command,
         cwd=layout.root,
         env={**_environment(), "REGRAFT_RUN": run, "REGRAFT_CALLER": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,

@@ -1,1 +1,1 @@
-"""Prefect tasks: one a stage, with its retries, timeout, tags and artifacts; no logic of a stage."""
+"""One Prefect task a step: retries, timeouts, tags and artifacts; what a step does is in `regraft`."""

@@ -1,6 +1,5 @@
 """Fixtures for all tests: no telemetry, no hub, a tiny base model, the shared real data where it is present."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -19,17 +18,7 @@ os.environ.update(
 ROOT = Path(__file__).parent.parent
 
 
-def _load_tiny() -> None:
-    """Make `import tiny` work in importlib mode, in tests and in the processes that they start."""
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests/tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny"] = module
-    spec.loader.exec_module(module)
-
-
-_load_tiny()
+sys.path.append(str(ROOT / "tests"))  # `import tiny`, `small_clone` and `clones`, here and in tests' own processes
 
 
 @pytest.fixture(scope="session")

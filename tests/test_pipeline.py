@@ -129,9 +129,12 @@ def test_a_live_runs_stage_is_busy_and_a_killed_runs_orphan_is_waited_for(clone:
     _until(lambda: runs(clone) == 1)
     with pytest.raises(Busy, match=f"started by process {first.pid}"):
         pipeline.repro(clone, "train")
+    with pytest.raises(Busy, match=f"started by process {first.pid}"):
+        pipeline.changed(clone)
     first.kill()
     first.wait()
     params(clone, "train: {x: 4}\n")
+    assert list(pipeline.changed(clone)) == ["train", "evaluate"]
     assert pipeline.repro(clone, "train").ran
     assert (clone.stage("train") / "x").read_text() == "4"
     assert runs(clone) == 2

@@ -38,22 +38,22 @@ TYPO_SHARE = 0.05
 SHORT, MEDIUM = 11, 19  # words at most; what has more is long
 
 BATCHES = {
-    "raw/2026-09.jsonl": {"rows": 3700, "month": "2026-09", "first_id": 1, "new_share": 0.0},
-    "later/2026-10.jsonl": {"rows": 720, "month": "2026-10", "first_id": 10001, "new_share": 0.5},
+    "raw/2026-09.jsonl": {"rows": 6000, "month": "2026-09", "first_id": 1, "new_share": 0.0},
+    "later/2026-10.jsonl": {"rows": 1200, "month": "2026-10", "first_id": 10001, "new_share": 0.5},
 }
 # Rows of each batch that carry a flaw for `validate` (or, for duplicates, `preprocess`) to find: (first batch, second batch).
 FLAWS = {
-    "exact_duplicate": (22, 4),  # the same messages again under another id
-    "empty_user": (12, 2),  # nothing, or only blanks, in the customer's turn
-    "broken_json": (18, 4),  # the answer was cut off
-    "unknown_action": (12, 3),  # a label that the shop does not have
-    "missing_assistant": (10, 2),  # the conversation ends after the customer's turn
-    "wrong_role": (8, 2),  # "customer" and "bot" in place of "user" and "assistant"
-    "email_address": (10, 2),  # an address at a domain that is reserved for examples
-    "card_number": (6, 2),  # a test number that passes the Luhn check
-    "control_characters": (6, 1),  # NUL, BEL, ESC and the like in the text
-    "mojibake": (6, 1),  # UTF-8 that was read as Windows-1252
-    "over_long": (4, 1),  # a whole mail thread pasted in, thousands of characters
+    "exact_duplicate": (35, 6),  # the same messages again under another id
+    "empty_user": (19, 3),  # nothing, or only blanks, in the customer's turn
+    "broken_json": (29, 6),  # the answer was cut off
+    "unknown_action": (19, 5),  # a label that the shop does not have
+    "missing_assistant": (16, 3),  # the conversation ends after the customer's turn
+    "wrong_role": (13, 3),  # "customer" and "bot" in place of "user" and "assistant"
+    "email_address": (16, 3),  # an address at a domain that is reserved for examples
+    "card_number": (10, 3),  # a test number that passes the Luhn check
+    "control_characters": (10, 2),  # NUL, BEL, ESC and the like in the text
+    "mojibake": (10, 2),  # UTF-8 that was read as Windows-1252
+    "over_long": (6, 2),  # a whole mail thread pasted in, thousands of characters
 }
 UNKNOWN_ACTIONS = ["trak_order", "cancel", "unknown", "escalate_to_human", "refund"]
 CARDS = ["4111 1111 1111 1111", "5555 5555 5555 4444", "4012888888881881"]
@@ -315,8 +315,8 @@ def make_corpus(rng: random.Random, spec: Any, domain: Any, prompts: Iterable[st
 
 
 def assert_unseen(corpus: str, prompts: Iterable[str]) -> None:
-    """Raise `AssertionError` if any prompt occurs anywhere in the corpus, compared as normalised text."""
-    text = normalise(corpus)
+    """Raise `AssertionError` if any prompt occurs in any document of the corpus, compared as normalised text."""
+    text = "\0".join(normalise(document) for document in corpus.split("\n\n"))
     found = [prompt for prompt in prompts if prompt in text]
     assert not found, f"{len(found)} prompts of the data are in the corpus, the first: {found[0]!r}"
 

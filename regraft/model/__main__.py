@@ -1,6 +1,5 @@
 """`python -m regraft.model`: the stage as a process."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -27,5 +26,4 @@ def body(sections: Sections, layout: Layout) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see regraft.train.__main__
     sys.exit(run_stage("model", Sections, body))

@@ -1,6 +1,5 @@
 """`python -m regraft.train`: the stage as a process."""
 
-import os
 import sys
 
 from pydantic import BaseModel
@@ -34,7 +33,4 @@ def body(sections: Sections, layout: Layout) -> None:
 
 
 if __name__ == "__main__":
-    # Read when torch loads OpenMP: threads that wait sleep, instead of spinning on a core that another process needs.
-    # With two threads on two busy cores, spinning made a step nine times slower; the results are the same.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run_stage("train", Sections, body))

@@ -1,0 +1,123 @@
+"""The commands of the flows, found by the entry point group `regraft.commands`; prefect is imported when one runs."""
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regraft.command import Json, Root, answer, clone, progress
+from regraft.errors import RegraftError
+from regraft.layout import Layout
+
+HERE = Path()
+WHOLE, SERVER = "The whole job", "With a Prefect server"
+commands = typer.Typer()
+
+
+class Pool(StrEnum):
+    """The work pools by their short names."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+@commands.command(rich_help_panel=WHOLE)
+def retrain(
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what would run, why, and about how long; run nothing.")
+    ] = False,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Run what changed: validate, prepare, train, evaluate, judge, register, promote, export."""
+    from regraft import retrain as library
+    from regraft import settings
+
+    layout = clone(root)
+    parameters = settings.load(layout)
+    if explain:
+        found = library.plan(layout, parameters)
+        answer(found.to_dict(), found.lines(), as_json=as_json)
+        return
+    with library.exclusive(layout):
+        found = library.plan(layout, parameters)
+        if found.steps:
+            progress(f"to do: {', '.join(found.steps)}")
+            outcome = library.Outcome.model_validate(_run_flow(layout))
+        else:
+            seen = library.fingerprint_now(layout, parameters)
+            outcome = library.remember(layout, parameters, found, seen)
+    answer(outcome.to_dict(), outcome.lines, as_json=as_json)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+@commands.command(rich_help_panel=SERVER)
+def deploy(root: Root = HERE, as_json: Json = False) -> None:
+    """Set the Prefect server at PREFECT_API_URL up: work pools, deployments, automations. May be repeated."""
+    layout = clone(root)
+    from flows.deploy import deploy as set_up
+
+    done = set_up(layout.root.resolve())
+    lines = [
+        f"The server at {done.server} has",
+        *(f"  pool        {name}" for name in done.pools),
+        *(f"  deployment  {name}" for name in done.deployments),
+        *(f"  automation  {name}" for name in done.automations),
+        "Start the workers: `regraft worker cpu` and `regraft worker gpu`",
+    ]
+    answer(vars(done), lines, as_json=as_json)
+
+
+@commands.command(rich_help_panel=SERVER)
+def worker(
+    pool: Annotated[Pool, typer.Argument(help="Which work pool it serves: regraft-cpu or regraft-gpu.")],
+    root: Root = HERE,
+) -> None:
+    """Be a worker in this clone, until a signal ends it."""
+    layout = clone(root)
+    from flows.deploy import work
+
+    work(layout.root.resolve(), pool.value)
+
+
+@commands.command(rich_help_panel=SERVER)
+def watch(
+    every: Annotated[
+        float, typer.Option(min=0, help="Seconds between looks; 0 looks once. The deployment `watch` needs no command.")
+    ] = 0,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Look whether the raw data changed, and tell the Prefect server at PREFECT_API_URL once for each change."""
+    layout = clone(root)
+    from flows.deploy import configured_server
+
+    configured_server()
+    from flows.watch import look
+
+    while True:
+        try:
+            seen = look(layout)
+            answer(vars(seen), [f"{seen.fingerprint[:16]}: {seen.why}"], as_json=as_json)
+        except RegraftError as error:
+            if not every:
+                raise
+            progress(f"error: {error}")
+        if not every:
+            return
+        time.sleep(every)
+
+
+def _run_flow(layout: Layout) -> dict[str, Any]:
+    """Run the flow `retrain` here, on the configured Prefect server or on one that ends with this command."""
+    from flows.server import api
+
+    progress("starting Prefect")
+    with api(layout.work / ".prefect"):
+        from flows.retrain import retrain as flow
+
+        outcome: dict[str, Any] = flow()  # type: ignore[assignment]
+    return outcome

@@ -1,0 +1,223 @@
+"""The set-up of the README, as it stands: a server, two workers, and a second batch that somebody drops in."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from regraft.register.evidence import PREFIX
+
+ROOT = Path(__file__).parent.parent.parent
+TINY: dict[str, Any] = {
+    "model.standin.steps": 5,
+    "train.max_steps": 4,
+    "train.epochs": None,
+    "evaluate.max_rows": 120,
+    "evaluate.max_new_tokens": 8,
+    "retrain.placement": "pool",
+    "retrain.settle": 1.0,
+    "retrain.retry_delay": 1.0,
+}
+"""Enough for every step to run; a challenger trained like this is refused, and that refusal is the registered result."""
+
+
+class Project:
+    """A temporary clone with tiny settings, its Prefect server and its workers."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.logs = root.parent / "logs"
+        self.logs.mkdir()
+        self.started: list[subprocess.Popen[bytes]] = []
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_TRACKING"))
+        }
+        self.environment = {
+            **kept,
+            "PREFECT_HOME": str(root.parent / "prefect"),
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, name: str, *arguments: str) -> None:
+        """Start a process in a group of its own, its output in a log."""
+        with (self.logs / f"{name}.log").open("wb") as log:
+            self.started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *arguments],
+                    cwd=self.root,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def regraft(self, *arguments: str) -> Any:
+        """Run a command with `--json` and return its answer."""
+        done = subprocess.run(
+            [sys.executable, "-m", "regraft", *arguments, "--json"],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    def ask(self, path: str, body: dict[str, Any]) -> Any:
+        """Ask the server's API."""
+        answer = httpx.post(f"{self.environment['PREFECT_API_URL']}{path}", json=body, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def runs(self, flow: str) -> list[dict[str, Any]]:
+        """Flow runs that were started, oldest first (a schedule makes its runs ahead of time)."""
+        begun = {"state": {"type": {"not_any_": ["SCHEDULED"]}}}
+        found: list[dict[str, Any]] = self.ask(
+            "/flow_runs/filter",
+            {"flows": {"name": {"any_": [flow]}}, "flow_runs": begun, "sort": "START_TIME_ASC"},
+        )
+        return found
+
+    def ended(self, flow: str) -> list[str]:
+        """Names of the final states of a flow's runs."""
+        final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        return [run["state"]["name"] for run in self.runs(flow) if run["state"]["type"] in final]
+
+    def wait(self, what: str, until: Callable[[], bool], seconds: float) -> None:
+        """Wait for something, or fail with the ends of all logs."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                if until():
+                    return
+            except httpx.TransportError:
+                pass  # the server is not up yet
+            time.sleep(1)
+        tails = {log.name: log.read_text(errors="replace")[-3000:] for log in sorted(self.logs.iterdir())}
+        raise AssertionError(
+            f"{what}: not within {seconds:.0f} s\n" + "\n".join(f"== {k}\n{v}" for k, v in tails.items())
+        )
+
+    def stop(self) -> None:
+        """End every process group, whatever it takes."""
+        for signum, patience in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
+            for process in reversed(self.started):
+                try:
+                    os.killpg(process.pid, signum)
+                except ProcessLookupError:
+                    continue
+            deadline = time.monotonic() + patience
+            while any(process.poll() is None for process in self.started) and time.monotonic() < deadline:
+                time.sleep(0.2)
+        for process in self.started:
+            process.wait()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    root = tmp_path / "clone"
+    root.mkdir()
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, root / name)
+    for arguments in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "clone"],
+    ):
+        subprocess.run(["git", *arguments], cwd=root, check=True)
+    _make_tiny(root)
+    made = Project(root)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def _make_tiny(root: Path) -> None:
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    params = yaml.load(root / "params.yaml")
+    for path, value in TINY.items():
+        *sections, name = path.split(".")
+        section = params
+        for each in sections:
+            section = section.setdefault(each, {})
+        section[name] = value
+    yaml.dump(params, root / "params.yaml")
+
+    deployments = yaml.load(root / "prefect.yaml")
+    for deployment in deployments["deployments"]:
+        if deployment["name"] == "watch":
+            deployment["schedules"] = [{"interval": 10}]
+        elif deployment["name"] == "retrain":
+            del deployment["schedules"]  # this test is about the event
+    yaml.dump(deployments, root / "prefect.yaml")
+
+
+def registered(root: Path, key: str) -> list[str]:
+    """Values of one of our tags on the registry's runs, in the order of their training."""
+    with sqlite3.connect(f"file:{root / 'mlflow.db'}?mode=ro", uri=True) as store:
+        rows = store.execute(
+            "SELECT tags.value FROM tags JOIN runs USING (run_uuid) WHERE tags.key = ? ORDER BY runs.start_time",
+            (f"{PREFIX}{key}",),
+        ).fetchall()
+    store.close()
+    return [value for (value,) in rows]
+
+
+@pytest.mark.service
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_second_batch_that_is_dropped_in_leads_to_exactly_one_retraining_across_both_pools(project: Project) -> None:
+    project.start("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(project.port), "--no-ui")
+    project.wait("the server", lambda: project.ask("/flows/count", {}) == 0, 180)
+    assert set(project.regraft("deploy")["deployments"]) >= {"retrain/retrain", "watch/watch", "stage/stage"}
+    project.start("worker-cpu", "regraft", "worker", "cpu")
+    project.start("worker-gpu", "regraft", "worker", "gpu")
+
+    # The first batch is new to this clone, so the watch asks for a first training by itself.
+    project.wait("the first retraining", lambda: len(project.ended("retrain")) == 1, 600)
+    assert project.ended("retrain")[0] in ("Promoted", "Rejected"), project.runs("retrain")[0]["state"]["message"]
+    first = json.loads((project.root / "data/work/train/report.json").read_text())["adapter_digest"]
+
+    shutil.copyfile(ROOT / "data/later/2026-10.jsonl", project.root / "data/raw/2026-10.jsonl")
+    project.wait("the second retraining", lambda: len(project.ended("retrain")) == 2, 600)
+    looks = len(project.ended("watch"))
+    project.wait("three more looks", lambda: len(project.ended("watch")) >= looks + 3, 180)
+
+    second = json.loads((project.root / "data/work/train/report.json").read_text())["adapter_digest"]
+    assert len(project.runs("retrain")) == 2
+    assert project.ended("retrain")[1] in ("Promoted", "Rejected"), project.runs("retrain")[1]["state"]["message"]
+    assert [run["name"] for run in project.runs("stage")] == ["train", "evaluate"] * 2
+    assert {run["work_pool_name"] for run in project.runs("stage")} == {"regraft-gpu"}
+    assert {run["work_pool_name"] for run in project.runs("retrain")} == {"regraft-cpu"}
+    assert registered(project.root, "adapter_digest") == [first, second]
+    assert len(registered(project.root, "verdict_digest")) == 2

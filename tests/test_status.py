@@ -1,0 +1,73 @@
+"""What `regraft status` and `regraft lineage` say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regraft import status
+from regraft.artifacts import commit_dir, write_json
+from regraft.gates.verdict import Check, decide, save_verdict
+from regraft.layout import STAGES, Layout
+from regraft.register.version import Version
+
+
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    tags = {"regraft.identity": "i" * 64, "regraft.adapter_digest": "a" * 64, "regraft.verdict": "passed"}
+    champion = Version("regraft", 3, "", "", "", 0, tags, ("champion",))
+    monkeypatch.setattr(status.pipeline, "changed", lambda layout: {"train": ["params.yaml train: modified"]})
+    monkeypatch.setattr(status, "versions", lambda params, layout: [champion])
+    monkeypatch.setattr(status, "ledger", lambda params, layout: [])
+    return Layout(tmp_path)
+
+
+class Sections:
+    register_: Any = None
+
+
+def look(layout: Layout) -> dict[str, Any]:
+    return status.status(layout, Sections())  # type: ignore[arg-type]
+
+
+def test_a_stage_is_up_to_date_changed_failed_or_never_ran(layout: Layout) -> None:
+    assert {name: look(layout)["stages"][name]["state"] for name in STAGES} == {
+        **dict.fromkeys(STAGES, "up to date"),
+        "train": "never ran",
+    }
+    with commit_dir(layout.stage("train")):
+        pass
+    assert look(layout)["stages"]["train"]["state"] == "changed"
+    write_json(layout.outcome("train"), {"exit_code": 1, "error": {"message": "No memory."}})
+    assert (look(layout)["stages"]["train"]["state"], look(layout)["stages"]["train"]["error"]) == (
+        "failed",
+        "No memory.",
+    )
+
+
+def test_the_champion_and_its_export_are_named_once_the_export_is_whole(layout: Layout) -> None:
+    assert "Champion       regraft version 3, adapter aaaaaaaaaaaaaaaa, passed" in status.status_lines(look(layout))
+    assert look(layout)["export"] is None
+    with commit_dir(layout.exports / ("i" * 16)):
+        pass
+    assert look(layout)["export"] == str(layout.exports / ("i" * 16))
+
+
+@pytest.mark.parametrize(("against", "current"), [("a" * 64, True), ("b" * 64, False)])
+def test_a_verdict_against_another_champion_is_marked(layout: Layout, against: str, current: bool) -> None:
+    judged = {"adapter": "c" * 64, "champion": against}
+    save_verdict(decide("run", [Check(name="c", passed=True, detail="Good.")], judged), layout.verdict)
+    assert look(layout)["verdict"]["current"] is current
+    told = "Last verdict (made against another champion than the present one)"
+    assert (told in status.status_lines(look(layout))) is not current
+
+
+def test_a_lineage_in_words_is_two_levels_deep_and_cut() -> None:
+    found = {"schema_version": 1, "data": {"raw": {"a.jsonl": "x" * 200}, "rows": 3}}
+    assert status.lineage_lines(found) == [
+        "schema_version: 1",
+        "data",
+        "  raw",
+        f"    a.jsonl: {'x' * 97}...",
+        "  rows: 3",
+    ]
