@@ -43,6 +43,9 @@ test-services: $(VENV)/.installed ## a Prefect server with two workers, and what
 	@$(BIN)/python -m pytest -m "service" $(ARGS)
 
 PY312 := $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) $(shell command -v python3.12))
+py312: ## the python3.12 that `make test-py312` would use, if there is one
+	@echo $(PY312)
+
 test-py312: | $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## train, evaluate and export on Python 3.12 (needs a python3.12)
 	@test -n "$(PY312)" || { echo "no python3.12 here: nothing was tested on it"; exit 1; }
 	@test -x .venv-3.12/bin/python || $(UV) venv --quiet --python $(PY312) .venv-3.12
@@ -50,6 +53,9 @@ test-py312: | $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## train, evaluate and
 	@$(UV) pip install --quiet --python .venv-3.12/bin/python --no-deps --compile-bytecode --editable .
 	@.venv-3.12/bin/python -m pytest -m "not faults and not service and not gpu and not slow" \
 		tests/model tests/train tests/evaluate tests/export $(ARGS)
+
+bench: $(VENV)/.installed ## measure the whole job on this machine and keep the figures in bench/results/
+	@$(BIN)/python bench/job.py --json bench/results/job.json
 
 lint: $(VENV)/.installed ## format check, lint, types
 	@$(BIN)/ruff format --check .
@@ -68,4 +74,4 @@ lock: | .uv/bin/uv ## resolve requirements.lock anew
 clean: ## remove what stages made (data/work/); the registry and the exports stay
 	@rm -rf data/work
 
-.PHONY: help install retrain test test-faults test-services test-py312 lint format lock clean
+.PHONY: help install py312 retrain test test-faults test-services test-py312 bench lint format lock clean

@@ -59,13 +59,13 @@ UNKNOWN_ACTIONS = ["trak_order", "cancel", "unknown", "escalate_to_human", "refu
 CARDS = ["4111 1111 1111 1111", "5555 5555 5555 4444", "4012888888881881"]
 # Documents of the corpus by kind, before repeated ones and those that contain a prompt are dropped.
 CORPUS = {
-    "pages": 1800,
-    "requests": 2500,
-    "answers": 800,
-    "records": 9000,
-    "slips": 1500,
-    "talk": 1200,
-    "acknowledged": 1500,
+    "pages": 1200,
+    "requests": 2000,
+    "answers": 600,
+    "records": 14000,
+    "slips": 800,
+    "talk": 700,
+    "acknowledged": 500,
 }
 
 Row = dict[str, Any]
