@@ -42,12 +42,12 @@ def retrain(
         answer(found.to_dict(), found.lines(), as_json=as_json)
         return
     with library.exclusive(layout):
+        seen = library.fingerprint_now(layout, parameters)  # before the plan: what comes later is new data
         found = library.plan(layout, parameters)
         if found.steps:
             progress(f"to do: {', '.join(found.steps)}")
             outcome = library.Outcome.model_validate(_run_flow(layout))
         else:
-            seen = library.fingerprint_now(layout, parameters)
             outcome = library.remember(layout, parameters, found, seen)
     answer(outcome.to_dict(), outcome.lines, as_json=as_json)
     if outcome.exit_code:

@@ -13,7 +13,7 @@ from regraft.errors import RegraftError
 from regraft.layout import STAGES, Layout
 from regraft.retrain import Outcome
 from regraft.settings import Settings
-from tasks.common import let_the_library_speak, limited
+from tasks.common import bounded, let_the_library_speak
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.model import model
@@ -50,8 +50,8 @@ def retrain(fingerprint: str | None = None, patience: float = 0) -> State[dict[s
 def _retrain(layout: Layout, fingerprint: str | None, patience: float) -> Outcome:
     with library.exclusive(layout, patience=patience):
         settings = parameters.load(layout)
+        began_with = library.fingerprint_now(layout, settings)  # before the plan: what comes later is new data
         found = library.plan(layout, settings, fingerprint)
-        began_with = library.fingerprint_now(layout, settings)
         if not found.steps:
             return library.remember(layout, settings, found, began_with)
         return _work(layout, settings, list(found.steps), began_with)
@@ -60,22 +60,22 @@ def _retrain(layout: Layout, fingerprint: str | None, patience: float) -> Outcom
 def _work(layout: Layout, settings: Settings, todo: list[str], fingerprint: str | None) -> Outcome:
     """Run the steps in order; each is done or nothing of it is, so that a killed run is simply run again."""
     wanted = [stage for stage in STAGES if stage in todo]
-    done = [limited(TASKS[stage], stage, settings.retrain)(layout, settings) for stage in wanted]
+    done = [bounded(TASKS[stage], stage, settings.retrain)(layout, settings) for stage in wanted]
     ran = [each.stage for each in done if each.ran]
 
     # The same bytes as the champion's, or a challenger that a person has rolled back: nothing to compare.
     judged = version = None
     if library.is_champion(layout, settings) is None and library.rolled_back(layout, settings) is None:
-        judged = limited(verdict, "verdict", settings.retrain)(layout, settings)
-        version = limited(register, "register", settings.retrain)(layout, settings)
+        judged = bounded(verdict, "verdict", settings.retrain)(layout, settings)
+        version = bounded(register, "register", settings.retrain)(layout, settings)
         ran += ["verdict", "register"]
         if version is not None and settings.promote.auto:
-            limited(promote, "promote", settings.retrain)(layout, settings, str(version.number))
+            bounded(promote, "promote", settings.retrain)(layout, settings, str(version.number))
             ran.append("promote")
 
     folder: Path | None = None
     if library.is_champion(layout, settings) is not None:
-        exported = limited(export, "export", settings.retrain)(layout, settings)
+        exported = bounded(export, "export", settings.retrain)(layout, settings)
         folder = exported.folder
         ran += ["export"] if exported.new else []
     return library.conclude(

@@ -61,12 +61,18 @@ def repro(layout: Layout, stage: str, *, echo: Callable[[str], None] | None = No
         StageFailed: the stage ended with an error; it carries the stage's own message and exit code.
         Busy: another live run holds the stage, or DVC's lock for longer than half a minute.
         Preempted: a signal stopped the stage; run again to resume.
+        KeyboardInterrupt, TimeoutError: as they came; the stage has ended and its last outputs are back.
     """
     _wait_for_orphan(layout, stage)
     began = time.monotonic()
     while True:
         run = secrets.token_hex(8)
-        code, tail = _run_group(layout, [*_dvc(), "repro", "--single-item", stage], run, echo)
+        try:
+            code, tail = _run_group(layout, [*_dvc(), "repro", "--single-item", stage], run, echo)
+        except BaseException:  # a second Ctrl-C, a timeout: what DVC deleted comes back here too
+            _wait_for_release(layout, stage)
+            restore(layout, stage)
+            raise
         if code == 0:
             return StageResult(stage, _outcome(layout, stage, run) is not None, time.monotonic() - began)
         _wait_for_release(layout, stage)
@@ -260,11 +266,12 @@ def _failure(stage: str, code: int, outcome: dict[str, Any] | None, tail: list[s
         return StageFailed(error["message"], fix=error["fix"], stage=stage, code=own)
     if busy := next((line for line in tail if "is busy: process" in line), None):
         return Busy(busy, fix="wait for it to end, then run the same command again")
-    if code < 0 or _stopped.is_set():
+    if _stopped.is_set() or code in (-signal.SIGTERM, -signal.SIGINT):
         return Preempted(f"`{stage}` was stopped by a signal", fix="run the same command again")
     last = next((line for line in reversed(tail) if line.strip()), "no output")
+    why = "killed, or DVC failed" if code >= 0 else f"ended by signal {-code}"
     return StageFailed(
-        f"`{stage}` ended without an outcome (killed, or DVC failed): {last}",
+        f"`{stage}` ended without an outcome ({why}): {last}",
         fix="run the same command again; if memory was short, `dmesg` says so",
         stage=stage,
     )

@@ -7,7 +7,7 @@ nothing to do never gets as far as Prefect or MLflow: `plan` asks DVC, the regis
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,11 +64,13 @@ class Plan:
     seconds: dict[str, float | None]
     """What each took the last time; None where that is not known."""
     standing: Outcome | None = None
+    keep: Outcome | None = None
+    """The outcome to remember for the present data; None where the plan did not look at the present data."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         standing = None if self.standing is None else self.standing.to_dict()
-        return {**asdict(self), "standing": standing}
+        return {"steps": self.steps, "seconds": self.seconds, "standing": standing}
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -140,19 +142,22 @@ def plan(layout: Layout, settings: Settings, fingerprint: str | None = None) -> 
         after = {name: [f"`{first}` and what follows it may give another challenger"] for name in EFFECTS}
         return _plan(layout, {**changed, **after})
     if last is not None and last.key == standing_key(layout, settings):
-        return Plan({}, {}, _nothing(last, _since(last)))
+        return Plan({}, {}, _nothing(last, _since(last)), keep=last)
     champion = find_champion(settings.register_, layout)
     identity = steps.present_identity(layout)
     if champion is not None and champion.identity == identity:
-        if is_exported(layout, champion):
-            standing = Outcome(state="promoted", lines=_words_of(layout, champion), champion=champion.number)
-            return Plan({}, {}, _nothing(standing, "the champion is what the present data gives"))
-        return _plan(layout, {"export": [f"the champion, version {champion.number}, has no export"]})
+        if is_export_current(layout, settings, champion):
+            folder = str(layout.exports / champion.identity[:16])
+            words = _words_of(layout, champion)
+            standing = Outcome(state="promoted", lines=words, champion=champion.number, export=folder)
+            return Plan({}, {}, _nothing(standing, "the champion is what the present data gives"), keep=standing)
+        lacks = "an export under the present `export` section" if is_exported(layout, champion) else "an export"
+        return _plan(layout, {"export": [f"the champion, version {champion.number}, lacks {lacks}"]})
     if (back := rolled_back(layout, settings)) is not None:
         standing = Outcome(
             state="waiting", lines=_decided(back), version=back.number, champion=champion and champion.number
         )
-        return Plan({}, {}, _nothing(standing, "the registry is as a person left it"))
+        return Plan({}, {}, _nothing(standing, "the registry is as a person left it"), keep=standing)
     why = "the challenger has not been judged against the present champion under the present rules"
     return _plan(layout, {name: [why] for name in EFFECTS})
 
@@ -169,7 +174,7 @@ def standing_key(layout: Layout, settings: Settings) -> str:
             "evaluated": evaluated,
             "identity": steps.present_identity(layout),
             "champion": None if champion is None else champion.identity,
-            "exported": champion is not None and is_exported(layout, champion),
+            "exported": champion is not None and is_export_current(layout, settings, champion),
             "gates": settings.gates.model_dump(mode="json"),
             "promote": settings.promote.model_dump(mode="json"),
             "export": settings.export.model_dump(mode="json", exclude={"keep"}),
@@ -186,6 +191,24 @@ def is_champion(layout: Layout, settings: Settings) -> Version | None:
 def is_exported(layout: Layout, version: Version) -> bool:
     """Say whether a whole export of a version is there (its bytes are checked when it is used)."""
     return (layout.exports / version.identity[:16] / "manifest.json").is_file()
+
+
+def is_export_current(layout: Layout, settings: Settings, version: Version) -> bool:
+    """Say whether a version's export was made under the present parameters: `export` (but `keep`), `model.quantization`.
+
+    Its certificate has the digest of all that it was made from; that digest is made again with the present parameters.
+    """
+    from regraft.export.export import export_key
+
+    if not is_exported(layout, version):
+        return False
+    try:
+        made = read_json(layout.exports / version.identity[:16] / "certificate.json")
+        inputs = [made["identity"], made["adapter_digest"], made["base"]["digest"], made["tokenizer_digest"]]
+        key = made["key"]
+    except (RegraftError, KeyError, TypeError):
+        return False  # damaged: the export finds that out and makes it again
+    return bool(key == export_key(settings.export, settings.model.quantization, *inputs))
 
 
 def rolled_back(layout: Layout, settings: Settings) -> Version | None:
@@ -255,13 +278,19 @@ def conclude(
 
 
 def remember(layout: Layout, settings: Settings, plan: Plan, fingerprint: str | None) -> Outcome:
-    """Keep what a plan without steps found out, so that the next one is as quick; returns its outcome."""
-    standing = plan.standing or Outcome(state="nothing to do", lines=["Nothing to do."])
-    last = last_outcome(layout)
-    kept = last if last is not None else standing
-    if fingerprint is not None and kept.fingerprint != fingerprint:
-        kept.model_copy(update={"fingerprint": fingerprint, "key": standing_key(layout, settings)}).save(_file(layout))
-    return standing
+    """Keep what a plan without steps found out, so that the next one is as quick; returns its outcome.
+
+    Args:
+        layout: the clone.
+        settings: its parameters.
+        plan: a plan without steps; one that ended at the fingerprint of an event has nothing to keep.
+        fingerprint: the raw data as it was before the plan was made: data that came since then has not been looked at.
+    """
+    if plan.keep is not None and fingerprint is not None:
+        kept = plan.keep.model_copy(update={"fingerprint": fingerprint, "key": standing_key(layout, settings)})
+        if kept != last_outcome(layout):
+            kept.save(_file(layout))
+    return plan.standing or Outcome(state="nothing to do", lines=["Nothing to do."])
 
 
 def last_outcome(layout: Layout) -> Outcome | None:

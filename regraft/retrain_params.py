@@ -24,8 +24,8 @@ class Timeouts(Section):
     """Answering the holdout once more where the champion has not been scored on it yet."""
     register_: PositiveInt = Field(default=900, alias="register")
     """Uploading the adapter; `register.timeout` limits each call of the service."""
-    promote: PositiveInt = 120
-    """Moving an alias and reading it back."""
+    promote: PositiveInt = 900
+    """Reading the version's files, which are downloaded from a server and hashed, and moving an alias."""
     export: PositiveInt = 14_400
     """Merging, and reading the merged files again in a fresh process."""
 

@@ -12,7 +12,7 @@ from regraft.preprocess.params import PreprocessParams
 from regraft.register.params import PromoteParams, RegisterParams
 from regraft.retrain_params import RetrainParams
 from regraft.train.params import TrainParams
-from regraft.validate.params import DataParams, ValidateParams
+from regraft.validate.params import ClonedDataParams, ValidateParams
 
 
 class Settings(Section):
@@ -20,7 +20,7 @@ class Settings(Section):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_by_name=True)
 
-    data: DataParams
+    data: ClonedDataParams
     model: ModelParams
     validate_: ValidateParams = Field(alias="validate")
     preprocess: PreprocessParams

@@ -152,7 +152,10 @@ def promote_if_passed(layout: Layout, settings: Settings, which: str | int, reas
 def export_version(layout: Layout, settings: Settings, which: str = "champion") -> Exported:
     """Merge a version into its base and publish the proved files, in a process of its own.
 
+    `data/exports/latest` moves only to the champion's export; other versions lie beside it.
+
     Raises:
+        GateRefused: the version never was the champion, and its verdict did not pass.
         StageFailed: as the export's own process says; code 3 where the merged files differ too much, and nothing was
             published.
         MissingInput: there is no such version.
@@ -161,11 +164,18 @@ def export_version(layout: Layout, settings: Settings, which: str = "champion") 
     from regraft.export.certificate import verify_export
     from regraft.lineage import NAME
     from regraft.register.fetch import fetch
+    from regraft.register.promote import check_exportable
 
     version = find_version(settings.register_, layout, which)
+    check_exportable(settings.register_, layout, version)
+    champion = find_champion(settings.register_, layout)
+    in_use = champion is not None and champion.number == version.number
     files = fetch(version, _files(layout, version))
     log.info("export: merging version %d and comparing the merged files with it", version.number)
     arguments = ["--adapter", str(files / "adapter"), "--lineage", str(files / NAME), "--identity", version.identity]
+    arguments += ["--latest" if in_use else "--no-latest"]
+    if champion is not None and champion.identity:
+        arguments += ["--champion", champion.identity]
     with signals.forwarded():
         pipeline.run_module(layout, "export", arguments, echo=_said_by("export"))
     report = read_json(layout.stage("export") / "report.json")

@@ -101,7 +101,7 @@ def small_clone(folder: Path) -> Path:
     (folder / "data/raw").mkdir(parents=True)
     (folder / "data/raw/first.jsonl").write_text(rows(VERBS, 320, seed=1))
     corpus = folder / "data/shipped/corpus.txt"
-    corpus.write_text("".join(corpus.open().readlines()[:4000]))
+    corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:4000]))
     set_params(folder, SETTINGS)
     for command in (
         ["init", "-q"],

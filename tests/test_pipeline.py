@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from regraft import pipeline
+from regraft.artifacts import is_held
 from regraft.errors import Busy, MissingInput, Preempted, RegraftError, StageFailed
 from regraft.layout import Layout
 
@@ -120,6 +121,32 @@ def test_a_signal_reaches_the_stage_and_the_old_outputs_come_back(clone: Layout)
     timer.join()
     assert (clone.stage("train") / "x").read_text() == "1"
     assert json.loads(clone.outcome("train").read_text())["exit_code"] == 5
+
+
+def test_an_exception_in_the_middle_ends_the_stage_and_brings_the_old_outputs_back(clone: Layout) -> None:
+    pipeline.repro(clone, "train")
+    params(clone, "train: {x: 2, seconds: 60}\n")
+
+    def interrupt(line: str) -> None:
+        if line == "the stage runs":
+            _until(lambda: runs(clone) == 2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.repro(clone, "train", echo=interrupt)
+    assert not is_held(clone.lock("train"))
+    assert (clone.stage("train") / "x").read_text() == "1"
+
+
+def test_only_a_signal_that_asks_to_stop_is_a_preemption_and_a_kill_is_a_failure() -> None:
+    pipeline._stopped.clear()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        assert isinstance(pipeline._failure("export", -number, None, []), Preempted)
+    for number in (signal.SIGKILL, signal.SIGSEGV):
+        failure = pipeline._failure("export", -number, None, ["merging"])
+        assert isinstance(failure, StageFailed)
+        assert failure.message == f"`export` ended without an outcome (ended by signal {int(number)}): merging"
+        assert "if memory was short" in (failure.fix or "")
 
 
 def test_a_live_runs_stage_is_busy_and_a_killed_runs_orphan_is_waited_for(clone: Layout) -> None:

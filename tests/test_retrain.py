@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from regraft import retrain
-from regraft.artifacts import commit_dir, write_json
+from regraft.artifacts import commit_dir, digest_json, write_json
 from regraft.errors import Busy
 from regraft.gates.verdict import Check, Verdict, decide
 from regraft.layout import Layout
@@ -61,8 +61,20 @@ class World:
         return retrain.plan(self.layout, self.settings, fingerprint)
 
     def export(self, of: str = PRESENT) -> None:
-        with commit_dir(self.layout.exports / of[:16]):
-            pass
+        made = {"adapter_digest": "a", "base": {"digest": "b"}, "tokenizer_digest": "c", "identity": of}
+        settings = [
+            self.settings.export.model_dump(mode="json", exclude={"keep"}),
+            self.settings.model.quantization.model_dump(mode="json"),
+        ]
+        with commit_dir(self.layout.exports / of[:16]) as folder:
+            write_json(folder / "certificate.json", {**made, "key": digest_json([1, of, "a", "b", "c", settings])})
+
+    def exporting(self, **changes: Any) -> None:
+        """Change the section `export`."""
+        self.settings = self.settings.model_copy(update={"export": self.settings.export.model_copy(update=changes)})
+
+    def remember(self, fingerprint: str, asked: str | None = None) -> Outcome:
+        return retrain.remember(self.layout, self.settings, self.plan(asked), fingerprint)
 
     def conclude(self, judged: Verdict | None, registered: Version | None = None, **more: Any) -> Outcome:
         given: dict[str, Any] = {"ran": [], "fingerprint": "f", "export": None, **more}
@@ -98,6 +110,47 @@ def test_the_champion_of_the_present_data_with_an_export_leaves_nothing_to_do(wo
 def test_the_champion_without_an_export_is_exported_and_nothing_else(world: World) -> None:
     world.versions = [version(1, aliases=("champion",))]
     assert list(world.plan().steps) == ["export"]
+
+
+def test_a_champion_exported_under_other_parameters_is_exported_again_and_keep_does_not_count(world: World) -> None:
+    world.versions = [version(1, aliases=("champion",))]
+    world.export()
+    world.exporting(keep=9)
+    assert world.plan().steps == {}
+    world.exporting(dtype="fp32")
+    assert world.plan().steps == {
+        "export": ["the champion, version 1, lacks an export under the present `export` section"]
+    }
+    world.export()
+    assert world.plan().steps == {}
+
+
+def test_an_event_about_old_data_does_not_make_newer_data_count_as_trained(world: World) -> None:
+    world.versions = [version(1, aliases=("champion",))]
+    world.conclude(verdict(True), version(1))
+    world.changed = {"validate": ["data/raw: modified"]}
+    assert world.remember("newer", asked="f").state == "nothing to do"
+    assert retrain.last_fingerprint(world.layout) == "f"
+    assert next(iter(world.plan("newer").steps)) == "validate"
+
+
+def test_what_is_remembered_about_the_champions_data_is_not_an_older_refusal(world: World) -> None:
+    world.versions = [version(1, "other", ("champion",))]
+    world.conclude(verdict(False))
+    world.versions = [version(1, aliases=("champion",))]
+    world.export()
+    world.remember("g")
+    last = retrain.last_outcome(world.layout)
+    assert last is not None
+    assert (last.state, last.champion, last.fingerprint) == ("promoted", 1, "g")
+    assert last.key == retrain.standing_key(world.layout, world.settings)
+
+
+def test_what_is_remembered_where_nothing_changed_is_the_last_outcome_with_the_new_data(world: World) -> None:
+    world.versions = [version(1, "other", ("champion",))]
+    refused = world.conclude(verdict(False))
+    world.remember("g")
+    assert retrain.last_outcome(world.layout) == refused.model_copy(update={"fingerprint": "g"})
 
 
 def test_a_challenger_that_was_not_judged_is_judged(world: World) -> None:

@@ -94,6 +94,45 @@ def test_a_refusal_of_the_verdict_is_an_answer_and_one_of_the_evidence_is_an_err
         assert steps.register_challenger(Layout(tmp_path), Sections()) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("champion", "flags"),
+    [(None, ["--no-latest"]), (1, ["--no-latest", "--champion", "i1"]), (2, ["--latest", "--champion", "i2"])],
+)
+def test_only_the_champions_export_becomes_the_latest(
+    champion: int | None, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(number: int) -> Version:
+        return Version("m", number, "", "", "", 0, {"regraft.identity": f"i{number}"})
+
+    given: list[str] = []
+    layout = Layout(tmp_path)
+
+    def run(layout: Layout, module: str, arguments: list[str], **_: object) -> None:
+        given.extend(arguments)
+        write_json(layout.stage("export") / "report.json", {"folder": "i2", "already_exported": False})
+
+    monkeypatch.setattr(steps, "find_version", lambda *_: version(2))
+    monkeypatch.setattr(steps, "find_champion", lambda *_: None if champion is None else version(champion))
+    monkeypatch.setattr("regraft.register.promote.check_exportable", lambda *_: None)
+    monkeypatch.setattr("regraft.register.fetch.fetch", lambda version, to: to)
+    monkeypatch.setattr("regraft.export.certificate.verify_export", lambda folder: None)
+    monkeypatch.setattr(pipeline, "run_module", run)
+    steps.export_version(layout, Sections(), "2")  # type: ignore[arg-type]
+    assert given[given.index("--identity") + 2 :] == flags
+
+
+def test_a_version_that_may_not_be_exported_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise GateRefused("no")
+
+    monkeypatch.setattr(steps, "find_version", lambda *_: Version("m", 2, "", "", "", 0))
+    monkeypatch.setattr("regraft.register.promote.check_exportable", refuse)
+    monkeypatch.setattr("regraft.register.fetch.fetch", refuse)
+    monkeypatch.setattr(pipeline, "run_module", lambda *_, **__: pytest.fail("the export was started"))
+    with pytest.raises(GateRefused, match="no"):
+        steps.export_version(Layout(tmp_path), Sections(), "2")  # type: ignore[arg-type]
+
+
 def test_a_module_that_fails_in_its_own_process_gives_its_own_message_and_code(tmp_path: Path) -> None:
     root = tmp_path
     package = root / "regraft"

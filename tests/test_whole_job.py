@@ -137,13 +137,12 @@ def test_killed_in_the_middle_of_training_the_next_run_resumes_to_the_same_bytes
     small_clone.set_params(clone, {"train": {"learning_rate": 8e-3}})
     command = subprocess.Popen([BIN / "regraft", "train"], cwd=clone, env=environment(clone), stderr=subprocess.DEVNULL)
     try:
-        checkpoint = wait_for(lambda: next(iter(clone.glob("data/work/checkpoints/*/step-*30")), None))
+        wait_for(lambda: next(iter(clone.glob("data/work/checkpoints/*/step-*30")), None))
         stage = wait_for(lambda: next((p for p in trainers(clone)), None))
         dvc = next(parent for parent in stage.parents() if "dvc" in parent.cmdline())
         {"stage": stage, "dvc": dvc, "cli": psutil.Process(command.pid)}[victim].send_signal(signal.SIGKILL)
         if victim != "stage":
             wait_for(lambda: not trainers(clone))
-        assert checkpoint.exists()
     finally:
         command.wait(timeout=90)
     assert len(trainers(clone)) == 0
@@ -151,7 +150,7 @@ def test_killed_in_the_middle_of_training_the_next_run_resumes_to_the_same_bytes
         [BIN / "regraft", "train"], cwd=clone, env=environment(clone), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "resum" in done.stderr + done.stdout
+    assert "going on from" in done.stderr
     assert manifests(clone)["train"] == undisturbed
 
 

@@ -30,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, required=True, help="the adapter's folder")
     parser.add_argument("--lineage", type=Path, required=True, help="the version's lineage.json")
     parser.add_argument("--identity", required=True, help="the version's identity, 64 hexadecimal digits")
+    parser.add_argument(
+        "--latest", action=argparse.BooleanOptionalAction, default=True, help="move data/exports/latest to this export"
+    )
+    parser.add_argument("--champion", help="the champion's identity: its export is never removed to make room")
     given = parser.parse_args(arguments)
 
     def body(sections: Sections, layout: Layout) -> None:
@@ -50,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             lineage=lineage,
             out_root=layout.exports,
             identity=given.identity,
+            latest=given.latest,
+            champion=given.champion,
         )
         report.save(layout.stage("export") / "report.json")
         write_json(layout.measurements("export"), {"seconds": round(time.monotonic() - clock, 2)})

@@ -1,6 +1,6 @@
 """The export: merge the candidates, measure them in a fresh process, publish the best if it passes, else nothing.
 
-data/exports/<identity16>/   a verified export            data/exports/latest   a link to the newest
+data/exports/<identity16>/   a verified export            data/exports/latest   a link to the champion's
 data/exports/refused/        certificates of refusals     data/exports/.work/   candidates, while one is made
 """
 
@@ -59,6 +59,8 @@ def export(
     lineage: dict[str, Any],
     out_root: Path,
     identity: str,
+    latest: bool = True,
+    champion: str | None = None,
 ) -> ExportReport:
     """Merge an adapter into its base, prove the files, and publish them as `out_root/<identity16>`.
 
@@ -72,6 +74,8 @@ def export(
         lineage: what made the version (`regraft.lineage`); its section `identity` names adapter, base and tokenizer.
         out_root: folder of all exports.
         identity: the version's identity, 64 hexadecimal digits.
+        latest: move `out_root/latest` to this export.
+        champion: identity of the champion, whose export is never removed to make room; None where there is none.
 
     Raises:
         GateRefused: the merged files differ too much, or nothing could be measured. Earlier exports are untouched.
@@ -82,6 +86,7 @@ def export(
     """
     if not re.fullmatch(r"[0-9a-f]{64}", identity):
         raise ParamsError(f"identity: found {identity!r}, expected 64 hexadecimal digits")
+    needed = {identity[:16], (champion or identity)[:16]}
     with hold(out_root / ".work/lock", "the export"):
         opened, checked = open_base(base), check_adapter(adapter)
         _check_lineage(lineage, identity, opened, checked.digest)
@@ -91,14 +96,13 @@ def export(
             "tokenizer": opened.report.tokenizer_digest,
             "holdout": holdout_digest(dataset),
         }
-        settings = [params.model_dump(mode="json", exclude={"keep"}), quantization.model_dump(mode="json")]
-        key = digest_json([_FORMAT, identity, judged["adapter"], judged["base"], judged["tokenizer"], settings])
+        key = export_key(params, quantization, identity, judged["adapter"], judged["base"], judged["tokenizer"])
         destination = out_root / identity[:16]
         work = out_root / ".work" / key[:16]
         found = _existing(destination, key)
         _sweep(work.parent, None if found else work)
         if found is not None:
-            return _finish(found, out_root, params, already=True)
+            return _finish(found, out_root, params, already=True, latest=latest, needed=needed)
 
         work.mkdir(exist_ok=True)
         try:
@@ -129,7 +133,7 @@ def export(
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        report = _finish(certificate, out_root, params, already=False)
+        report = _finish(certificate, out_root, params, already=False, latest=latest, needed=needed)
         shutil.rmtree(work)
         return report
 
@@ -151,6 +155,14 @@ def _check_lineage(lineage: dict[str, Any], identity: str, base: Base, adapter_d
     ]
     if wrong:
         raise PinMismatch("; ".join(wrong), fix="restore the files, or export the version that belongs to them")
+
+
+def export_key(
+    params: ExportParams, quantization: Quantization, identity: str, adapter: str, base: str, tokenizer: str
+) -> str:
+    """Return the digest of all that an export's bytes depend on: equal keys, equal exports (sha256 in hexadecimal)."""
+    settings = [params.model_dump(mode="json", exclude={"keep"}), quantization.model_dump(mode="json")]
+    return digest_json([_FORMAT, identity, adapter, base, tokenizer, settings])
 
 
 def _existing(destination: Path, key: str) -> Certificate | None:
@@ -287,12 +299,15 @@ def _certificate(
     )
 
 
-def _finish(certificate: Certificate, out_root: Path, params: ExportParams, *, already: bool) -> ExportReport:
-    """Move the pointer, remove what `keep` leaves no room for, and report."""
+def _finish(
+    certificate: Certificate, out_root: Path, params: ExportParams, *, already: bool, latest: bool, needed: set[str]
+) -> ExportReport:
+    """Move the pointer if it is to move, remove what `keep` leaves no room for, and report."""
     name = certificate.identity[:16]
-    point_latest(out_root, name)
+    if latest:
+        point_latest(out_root, name)
     (out_root / _REFUSED / f"{name}.json").unlink(missing_ok=True)
-    removed = prune(out_root, params.keep)
+    removed = prune(out_root, params.keep, needed)
     parity = next(each.parity for each in certificate.candidates if each.source == certificate.chosen)
     assert certificate.chosen is not None
     assert parity is not None

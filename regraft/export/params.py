@@ -33,7 +33,8 @@ class ExportParams(Section):
     """How much lower the merged model's share of exactly right answers may be; 0 to 1. A better one always passes."""
 
     keep: int = Field(default=3, ge=1, le=1000)
-    """Exports to keep, the newest included; 1 to 1000. The one that `latest` names is never removed."""
+    """Exports to keep, the newest included; 1 to 1000. The champion's and the one that `latest` names are never
+    removed."""
 
     @field_validator("candidates")
     @classmethod

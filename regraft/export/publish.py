@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from regraft.artifacts import MANIFEST, commit_dir, digest_file, read_json
@@ -80,18 +81,23 @@ def point_latest(exports: Path, name: str) -> None:
         os.close(descriptor)
 
 
-def prune(exports: Path, keep: int) -> list[str]:
+def prune(exports: Path, keep: int, needed: Collection[str] = ()) -> list[str]:
     """Remove the oldest exports beyond `keep`, never the one that `latest` names; return the names removed.
 
+    Exports whose names are `needed` are never removed either; like the one that `latest` names they count as kept.
     Also removes what killed exports left; so call it only while no other export writes here.
     """
-    named = os.readlink(exports / LATEST) if (exports / LATEST).is_symlink() else None  # noqa: PTH115
+    kept = set(needed)
+    if (exports / LATEST).is_symlink():
+        kept.add(os.readlink(exports / LATEST))  # noqa: PTH115
     folders = [
         path for path in exports.iterdir() if path.is_dir() and not path.is_symlink() and _EXPORT.match(path.name)
     ]
-    newest_first = sorted(folders, key=lambda path: (path.name == named, path.stat().st_mtime_ns), reverse=True)
+    newest_first = sorted(folders, key=lambda path: (path.name in kept, path.stat().st_mtime_ns), reverse=True)
     removed = []
     for path in newest_first[keep:]:
+        if path.name in kept:
+            continue
         aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")  # out of sight in one step
         path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)

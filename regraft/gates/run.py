@@ -12,7 +12,7 @@ from regraft.evaluate.report import BASE, EvaluateReport
 from regraft.evaluate.store import Stored, scores
 from regraft.gates import comparison, data, supervision, training
 from regraft.gates.params import ComparisonGate, GatesParams
-from regraft.gates.verdict import Check, Verdict, closed, decide, refuse, same
+from regraft.gates.verdict import Check, Verdict, closed, decide, no_evidence, refuse, same
 from regraft.layout import Layout
 from regraft.model.params import Quantization
 from regraft.model.report import BaseReport
@@ -37,6 +37,8 @@ class Champion:
     scored: Stored | None
     """Its score on the present holdout. None where it is for another base than the present one and cannot be scored
     here: then its registered answers stand in, on the rows that both have answered."""
+    report: Path | None = None
+    """The evaluation's report that was registered with the answers; asked for where they stand in."""
     label: str = "the champion"
     """How messages call it."""
 
@@ -59,7 +61,7 @@ def champion_evidence(
         quantization: `model.quantization`.
         adapter: the champion's adapter, fetched and verified.
         base: digest of the base that it was trained on.
-        answers: the `answers.parquet` that was registered with it.
+        answers: the `answers.parquet` that was registered with it; `reports/evaluate.json` lies next to it.
         label: how messages call it.
 
     Raises:
@@ -69,7 +71,8 @@ def champion_evidence(
 
     present = BaseReport.load(layout.stage("model") / "report.json").digest
     scored = scores(layout, params, quantization, adapter) if base == present else None
-    return Champion(adapter=adapter_digest(adapter), answers=answers, scored=scored, label=label)
+    report = answers.parent / "reports/evaluate.json"
+    return Champion(adapter=adapter_digest(adapter), answers=answers, scored=scored, report=report, label=label)
 
 
 def judge_run(layout: Layout, params: GatesParams, champion: Champion | None) -> Verdict:
@@ -149,15 +152,20 @@ def judge(params: ComparisonGate, *, evaluated: Path, champion: Champion | None,
             return comparison.compare(params, challenger, base, known_rows=None, judged=judged)
         known = read_answers(champion.answers)
         if champion.scored is None:
-            challenger, opponent = _shared(challenger, known)
-        else:
-            verify_dir(champion.scored.report.parent)
-            scored = EvaluateReport.load(champion.scored.report)
-            expected = {"base": judged["base"], "holdout": judged["holdout"], "adapter": champion.adapter}
-            expected |= {"parameters": report.params_digest, "code": report.code_digest}
-            if stale := _stale(scored, "adapter", expected):
-                return decide(comparison.GATE, stale, judged)
-            opponent = read_answers(champion.scored.answers)
+            if unlike := _unlike(report, champion):
+                return decide(comparison.GATE, unlike, judged)
+            shared, opponent = _shared(challenger, known)
+            verdict = comparison.compare(
+                params, shared, opponent, known_rows={row.row_id for row in known}, judged=judged
+            )
+            return decide(comparison.GATE, [*verdict.checks, _left_out(challenger, shared)], judged)
+        verify_dir(champion.scored.report.parent)
+        scored = EvaluateReport.load(champion.scored.report)
+        expected = {"base": judged["base"], "holdout": judged["holdout"], "adapter": champion.adapter}
+        expected |= {"parameters": report.params_digest, "code": report.code_digest}
+        if stale := _stale(scored, "adapter", expected):
+            return decide(comparison.GATE, stale, judged)
+        opponent = read_answers(champion.scored.answers)
         known_rows = {row.row_id for row in known}
         return comparison.compare(params, challenger, opponent, known_rows=known_rows, judged=judged)
 
@@ -175,6 +183,35 @@ def _stale(report: EvaluateReport, name: str, expected: Mapping[str, str]) -> li
     }
     wanted = {key: digest for key, digest in expected.items() if key in found}
     return same(wanted, found, "the score of the " + ("challenger" if name == CHALLENGER else "champion"))
+
+
+def _unlike(report: EvaluateReport, champion: Champion) -> list[Check]:
+    """Name what keeps the champion's registered answers from being compared: made or graded in another way."""
+    if champion.report is None:
+        return [no_evidence("the report on the champion's registered answers is missing")]
+    registered = EvaluateReport.load(champion.report)
+    compared = {
+        "the adapter": (registered.adapters.get(CHALLENGER, "of no adapter"), champion.adapter),
+        "the scoring parameters (evaluate, model.quantization)": (registered.params_digest, report.params_digest),
+        "the code that scores and its libraries": (registered.code_digest, report.code_digest),
+    }
+    return [
+        no_evidence(
+            f"the champion is for another base and cannot be scored here, and of its registered answers {name} "
+            f"({found[:16]}) differs from what is asked for ({wanted[:16]})"
+        )
+        for name, (found, wanted) in compared.items()
+        if found != wanted
+    ]
+
+
+def _left_out(challenger: list[Answer], shared: list[Answer]) -> Check:
+    count = len(challenger) - len(shared)
+    detail = (
+        f"The champion is for another base, so its registered answers stand in: {count} of the challenger's "
+        f"{len(challenger)} rows were left out of the comparison, as the champion has not answered them."
+    )
+    return Check(name="left_out", passed=True, decisive=False, detail=detail, measured=count, rows=len(challenger))
 
 
 def _shared(challenger: list[Answer], champion: list[Answer]) -> tuple[list[Answer], list[Answer]]:

@@ -172,5 +172,5 @@ def _compare(what: str, pinned: str, found: str, report: BaseReport, where: Path
     names = [n for n in sorted({*present, *report.files}) if present.get(n) != report.files.get(n)]
     raise PinMismatch(
         f"the {what} in {where} is not the pinned one: digest {found}, pinned {pinned} (differing: {', '.join(names)})",
-        fix="restore the files; to use the new ones, pin them with `python -m regraft.model` through `dvc repro model`",
+        fix="restore the files; to use the new ones, pin them with `dvc repro --force --single-item model`",
     )

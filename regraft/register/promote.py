@@ -20,13 +20,14 @@ from typing import Literal
 from regraft.artifacts import canonical_json
 from regraft.errors import DamagedArtifact, GateRefused, MissingInput
 from regraft.failpoints import failpoint
+from regraft.gates.verdict import Verdict
 from regraft.layout import Layout
 from regraft.register import lookup
 from regraft.register.evidence import NO_CHAMPION, RUN
 from regraft.register.fetch import files_of, read_verdict
 from regraft.register.params import RegisterParams
 from regraft.register.service import Answer, Service
-from regraft.register.version import CHALLENGER, CHAMPION, Entry, Version, champions, shorten
+from regraft.register.version import CHALLENGER, CHAMPION, Entry, Version, champions, shorten, was_champion
 from regraft.snapshot import git_user
 
 _ENTRY = "regraft.entry"
@@ -102,7 +103,7 @@ def rollback(
 
     Raises:
         MissingInput: there is no champion to go back to, or no such version.
-        GateRefused: `to` never passed a verdict.
+        GateRefused: `to` never was the champion; `promote` asks for a verdict against the present one.
         DamagedArtifact: its files are not those that were registered.
         ServiceUnavailable: MLflow does not answer; the same command can be repeated.
     """
@@ -130,8 +131,11 @@ def rollback(
             version = lookup.pick(state.versions, to, params.model_name)
         if state.champion is not None and state.champion.number == version.number:
             return _nothing_to_do(state, version, finished)
-        if version.verdict != "passed" and all(version.number != each.version for each in state.entries):
-            raise GateRefused(f"{version.label()} never passed a verdict and never was the champion")
+        if not was_champion(state.entries, version):
+            raise GateRefused(
+                f"{version.label()} never was the champion: there is nothing to go back to",
+                fix=f"`regraft promote {version.number}` makes it the champion if its verdict allows it",
+            )
         with files_of(version):
             pass  # every byte was hashed
         return _change(
@@ -139,6 +143,23 @@ def rollback(
         )
 
     return _until_done(service, attempt)
+
+
+def check_exportable(params: RegisterParams, layout: Layout, version: Version) -> None:
+    """Check that a version may be given to others: the ledger has it as a champion, or its last verdict passed.
+
+    Raises:
+        GateRefused: neither; the message says what the verdict has against it.
+        ServiceUnavailable: MLflow does not answer.
+    """
+    if was_champion(lookup.ledger(params, layout), version):
+        return
+    _, problems = _judged(version)
+    if problems:
+        raise GateRefused(
+            f"{version.label()} cannot be exported: it never was the champion, and " + "; ".join(problems),
+            fix="`regraft retrain` judges the challenger again; `regraft export` exports the champion",
+        )
 
 
 def _until_done(service: Service, attempt: Callable[[], Promotion | None]) -> Promotion:
@@ -217,23 +238,14 @@ def _agrees(state: _State) -> None:
     if state.entries and found != expected:
         raise GateRefused(
             f"the alias `champion` is on version {found or 'none'}, the ledger says {expected}: it was moved by hand",
-            fix=f"`regraft rollback --to {found or expected}` makes it official, `--to {expected}` takes it back",
+            fix=f"`regraft rollback --to {expected}` takes it back",
         )
 
 
 def _allowed(version: Version, champion: Version | None) -> str:
     """Check that a version's verdict lets it replace this champion; returns the verdict's digest."""
-    if not version.complete:
-        raise GateRefused(f"{version.label()} was not registered by Regraft: there is no evidence for it")
-    verdict = read_verdict(version)
+    verdict, problems = _judged(version)
     present = NO_CHAMPION if champion is None else champion.adapter_digest
-    problems = []
-    if not verdict.passed or version.verdict != "passed":
-        problems.append("it was refused: " + ("; ".join(verdict.reasons) or "no reason given"))
-    if verdict.gate != RUN:
-        problems.append(f"its verdict is of the gate {verdict.gate}, not of all gates")
-    if verdict.judged.get("adapter") != version.adapter_digest:
-        problems.append("its verdict is about another adapter")
     if verdict.judged.get("champion") != present:
         against = verdict.judged.get("champion", "nothing")
         now = "there is none" if champion is None else f"it is {champion.label()} ({present[:8]})"
@@ -244,6 +256,21 @@ def _allowed(version: Version, champion: Version | None) -> str:
             fix="`regraft retrain` judges the challenger against the present champion",
         )
     return version.verdict_digest
+
+
+def _judged(version: Version) -> tuple[Verdict, list[str]]:
+    """Read a version's last verdict; returns it with what speaks against the version, whoever is the champion."""
+    if not version.complete:
+        raise GateRefused(f"{version.label()} was not registered by Regraft: there is no evidence for it")
+    verdict = read_verdict(version)
+    problems = []
+    if not verdict.passed or version.verdict != "passed":
+        problems.append("it was refused: " + ("; ".join(verdict.reasons) or "no reason given"))
+    if verdict.gate != RUN:
+        problems.append(f"its verdict is of the gate {verdict.gate}, not of all gates")
+    if verdict.judged.get("adapter") != version.adapter_digest:
+        problems.append("its verdict is about another adapter")
+    return verdict, problems
 
 
 def _change(

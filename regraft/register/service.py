@@ -53,14 +53,15 @@ class Service:
         Args:
             uri: absolute, see `store_uri`.
             timeout: seconds without an answer after which a call is given up.
-            patience: seconds since the last useful answer after which no further call or attempt is started.
+            patience: seconds since the first unanswered question after which no further call or attempt is started;
+                time spent elsewhere, such as on hashing files between two answers, does not count.
             again: the command to run when the service answers again.
         """
         self.uri = uri
         self.timeout = timeout
         self.patience = patience
         self.again = again
-        self._since: float | None = None  # the last useful answer, or the first question
+        self._since: float | None = None  # the first question since the last answer; None while none is open
 
     @classmethod
     def of(cls, params: RegisterParams, layout: Layout, *, again: str = "regraft status") -> "Service":
@@ -91,14 +92,14 @@ class Service:
             if time.monotonic() - self._since > self.patience:
                 raise self.unavailable(f"no useful answer for {self.patience:g} s")
             answer = getattr(client, method)(*args, **kwargs)
-        self._since = time.monotonic()
+        self._since = None
         return answer
 
     def transfer(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Upload or download: as `ask`, for as long as something moves; it ends when nothing does for `timeout`."""
         with self._translated():
             answer = function(*args, **kwargs)
-        self._since = time.monotonic()
+        self._since = None
         return answer
 
     def read_back(self, location: str, check: Callable[[Path], None]) -> None:
@@ -184,6 +185,7 @@ class Service:
             collided = any(sign in str(error) for sign in _COLLISIONS)
             if error.error_code in _TRANSIENT or collided or not told:
                 raise self.unavailable(short) from error
+            self._since = None
             answer = Answer(f"MLflow at {masked(self.uri)} refused: {short}")
             answer.code = error.error_code
             raise answer from error

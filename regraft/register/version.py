@@ -160,6 +160,11 @@ def champions(entries: list[Entry]) -> list[int]:
     return stack
 
 
+def was_champion(entries: list[Entry], version: Version) -> bool:
+    """Whether the ledger says that a version is the champion or was it at some time."""
+    return any((each.version, each.adapter) == (version.number, version.adapter_digest) for each in entries)
+
+
 def local_folder(source: str) -> Path | None:
     """Return the folder that a `source` names, None where it is not on this machine's disk."""
     if source.startswith("file://"):

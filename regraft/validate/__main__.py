@@ -9,7 +9,7 @@ from regraft.artifacts import write_json
 from regraft.layout import Layout
 from regraft.params import Section
 from regraft.stage import run_stage
-from regraft.validate.params import DataParams, ValidateParams
+from regraft.validate.params import ClonedDataParams, ValidateParams
 from regraft.validate.validate import validate
 
 
@@ -18,7 +18,7 @@ class Sections(Section):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_by_name=True)
 
-    data: DataParams
+    data: ClonedDataParams
     validate_: ValidateParams = Field(alias="validate")
 
 

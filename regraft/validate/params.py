@@ -1,9 +1,10 @@
 """Sections `data` (where the rows are and how they are read) and `validate` (what they must fulfil)."""
 
 from enum import StrEnum
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from regraft.params import Section
 from regraft.validate.template import columns
@@ -57,9 +58,10 @@ class DataParams(Section):
     """Where the rows are, and which columns make a conversation."""
 
     raw: list[str] = Field(default=["data/raw"], min_length=1)
-    """Files, folders (read with all below them) and globs, relative to the clone. Read: .jsonl, .ndjson, .json (a list
-    of rows), .csv (commas), .tsv (tabs), all UTF-8. In a folder, names with a leading dot, .md, .dvc and files without
-    a suffix are left out; any other file that cannot be read counts against `expectations.files`."""
+    """Files, folders (read with all below them) and globs, relative to the clone. In params.yaml: data/raw or below it,
+    since that folder is what DVC watches for the stage. Read: .jsonl, .ndjson, .json (a list of rows), .csv (commas),
+    .tsv (tabs), all UTF-8. In a folder, names with a leading dot, .md, .dvc and files without a suffix are left out;
+    any other file that cannot be read counts against `expectations.files`."""
 
     layout: Literal["messages", "prompt_answer"] = "messages"
     """`messages`: one column holds the conversation, a list of {role, content}. `prompt_answer`: templates build one
@@ -96,6 +98,22 @@ class DataParams(Section):
         if self.system is not None:
             columns(self.system)
         return self
+
+
+class ClonedDataParams(DataParams):
+    """The section `data` of a clone's params.yaml: `raw` names only what `dvc.yaml` has as the stage's dependency."""
+
+    @field_validator("raw")
+    @classmethod
+    def _is_watched(cls, raw: list[str]) -> list[str]:
+        for entry in raw:
+            parts = PurePosixPath(entry).parts
+            if parts[:2] != ("data", "raw") or ".." in parts:
+                raise ValueError(
+                    "data/raw or places below it: DVC looks only there for new data, so files elsewhere would never "
+                    f"be trained (`{entry}`); put the files, or a link to each file, into data/raw"
+                )
+        return raw
 
 
 class Labels(Section):

@@ -85,7 +85,7 @@ def find_files(raw: list[str], root: Path) -> tuple[list[DataFile], list[str]]:
                         found[_name(each, root)] = _data_file(each, root)
             else:
                 found[_name(path, root)] = _data_file(path, root)
-    fix = f"put {', '.join(FORMATS)} files there, or name other places at `data.raw` in params.yaml"
+    fix = f"put {', '.join(FORMATS)} files there, or name another folder below data/raw at `data.raw` in params.yaml"
     if problems:
         raise DataError("data.raw: " + "; ".join(problems), fix=fix)
     if not found:

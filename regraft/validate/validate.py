@@ -6,6 +6,7 @@ in memory is small: a digest of 16 bytes for each (to tell duplicates) and the f
 
 import hashlib
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
         data: where they are and how they are read.
         raw_root: the folder to which the entries of `data.raw` are relative.
         out: the committed output folder.
-        docs: the committed folder of the HTML data docs, with a copy of report.json.
+        docs: the committed folder of the HTML data docs, with a copy of report.json; where the data is refused, of
+            quarantine.parquet too, since DVC puts `out` back to its last success then.
 
     Returns:
         The report, which is also in both folders.
@@ -85,6 +87,8 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
             passed = run_suite(wanted, tally.frames(), site)
             report = _report(tally, wanted, passed, ignored)
             finish(site, report, tally.places)
+            if not report.passed:
+                shutil.copyfile(folder / "quarantine.parquet", site / "quarantine.parquet")
         report.save(folder / "report.json")
     _announce(report, docs)
     return report
@@ -254,7 +258,8 @@ def _announce(report: ValidateReport, docs: Path) -> None:
         blocked = [lines[each.name] for each in failed if each.level == "block"]
         raise GateRefused(
             "the data was refused:\n  " + "\n  ".join(blocked),
-            fix=f"read {docs / 'index.html'}, mend the data, or change `validate.expectations` in params.yaml",
+            fix=f"read {docs / 'index.html'}, look at the refused rows in {docs / 'quarantine.parquet'}, and mend the data"
+            " or change `validate.expectations` in params.yaml",
         )
 
 

@@ -61,11 +61,18 @@ def test_every_parameter_block_in_the_readme_is_valid_on_top_of_the_shipped_one(
             if section == "data":
                 shipped[section] = values
             else:
-                shipped[section] |= values
+                shipped[section] = merged(shipped[section], values)
         try:
             settings.Settings.model_validate(shipped)
         except ValueError as error:
             pytest.fail("\n".join([block, *explain(error, settings.Settings)]))  # type: ignore[arg-type]
+
+
+def merged(old: Any, new: Any) -> Any:
+    """`old` with the values of `new`, section by section; an empty mapping empties."""
+    if not (isinstance(old, dict) and isinstance(new, dict) and new):
+        return new
+    return {**old, **{name: merged(old.get(name), value) for name, value in new.items()}}
 
 
 def test_the_exit_codes_that_are_documented_are_the_ones_in_use() -> None:

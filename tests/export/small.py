@@ -153,10 +153,10 @@ def export_here(root: Path, **changed: Any) -> Any:
     )
 
 
-def export_command(root: Path, identity: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def export_command(root: Path, identity: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m regraft.export` in the clone."""
     command = [sys.executable, "-m", "regraft.export", "--adapter", "data/work/train/adapter"]
-    command += ["--lineage", "lineage.json", "--identity", identity]
+    command += ["--lineage", "lineage.json", "--identity", identity, *more]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, check=False)
 

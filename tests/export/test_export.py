@@ -124,6 +124,25 @@ def test_the_same_export_again_makes_nothing_and_says_so(
     assert {path: path.stat().st_mtime_ns for path in clone.folder.rglob("*")} == before
 
 
+def test_the_export_of_a_version_that_is_not_the_champion_leaves_latest_and_the_champions_export(
+    exported: Any, tmp_path: Path
+) -> None:
+    clone = exported.copy(tmp_path / "clone")
+    params = clone.root / "params.yaml"
+    params.write_text(params.read_text().replace("export: {", "export: {keep: 1, "))
+    champion, old = clone.exports / ("a" * 16), clone.exports / ("b" * 16)
+    for folder in (champion, old):
+        folder.mkdir()
+    (clone.exports / "latest").unlink()
+
+    done = small.export_command(clone.root, clone.identity, "--no-latest", "--champion", "a" * 64)
+
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in clone.exports.iterdir() if not path.name.startswith(".")) == sorted(
+        [champion.name, clone.folder.name]
+    )
+
+
 def test_a_damaged_export_is_made_again_with_the_same_bytes(exported: Any, tmp_path: Path) -> None:
     clone = exported.copy(tmp_path / "clone")
     (clone.folder / "model.safetensors").write_bytes(b"")

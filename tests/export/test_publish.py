@@ -76,6 +76,14 @@ def test_the_oldest_exports_beyond_keep_go_but_never_the_one_that_latest_names(t
     assert present(tmp_path) == [NAMES[0], NAMES[4], "latest"]
 
 
+def test_exports_that_are_needed_stay_even_beyond_keep(tmp_path: Path) -> None:
+    folders(tmp_path, NAMES)
+    point_latest(tmp_path, NAMES[0])
+
+    assert sorted(prune(tmp_path, 1, {NAMES[1], NAMES[2]})) == NAMES[3:]
+    assert present(tmp_path) == [*NAMES[:3], "latest"]
+
+
 def test_only_exports_and_their_left_overs_are_ever_removed(tmp_path: Path) -> None:
     folders(tmp_path, [*NAMES[:2], "refused", ".work", "mine", f".{NAMES[2]}.0123456789ab.tmp"])
     point_latest(tmp_path, NAMES[1])

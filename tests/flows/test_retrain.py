@@ -1,5 +1,6 @@
 """The order of the steps and the final states of the flow `retrain`, on a Prefect server; the steps are replaced."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from regraft.layout import Layout
 from regraft.pipeline import StageResult
 from regraft.register.version import Version
 from regraft.retrain import Outcome, Plan
-from regraft.retrain_params import RetrainParams
+from regraft.retrain_params import RetrainParams, Timeouts
 from regraft.steps import Exported
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
@@ -26,8 +27,10 @@ ALL = ["model", "validate", "preprocess", "train", "evaluate", "verdict", "regis
 class Parameters:
     """The sections that the flow reads."""
 
+    timeouts = Timeouts()
+
     def __init__(self, *, auto: bool = True) -> None:
-        self.retrain = RetrainParams(retries=2, retry_delay=0)
+        self.retrain = RetrainParams(retries=2, retry_delay=0, timeouts=self.timeouts)
         self.promote = type("Promote", (), {"auto": auto})()
 
 
@@ -35,9 +38,17 @@ class Steps:
     """Stands in for `regraft.steps` and for what the flow asks of `regraft.retrain`; records the order."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, todo: list[str], *, passes: bool = True, auto: bool = True
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        todo: list[str],
+        *,
+        passes: bool = True,
+        auto: bool = True,
+        slow: str | None = None,
     ) -> None:
         self.done: list[str] = []
+        self.asked: list[str] = []
+        self.slow = slow
         self.failing: dict[str, list[RegraftError]] = {}
         self.passes = passes
         self.champion: Version | None = None
@@ -45,8 +56,8 @@ class Steps:
         plan = Plan({name: ["because"] for name in todo}, {}, Outcome(state="nothing to do", lines=["Nothing to do."]))
         monkeypatch.setattr(settings, "load", lambda layout: Parameters(auto=auto))
         for name, replacement in {
-            "plan": lambda layout, parameters, fingerprint=None: plan,
-            "fingerprint_now": lambda layout, parameters: "f",
+            "plan": lambda layout, parameters, fingerprint=None: self._ask("plan", plan),
+            "fingerprint_now": lambda layout, parameters: self._ask("fingerprint", "f"),
             "remember": lambda layout, parameters, plan, fingerprint: plan.standing,
             "is_champion": lambda layout, parameters: self.champion,
             "rolled_back": lambda layout, parameters: None,
@@ -65,9 +76,15 @@ class Steps:
 
     def _do(self, step: str, result: Any) -> Any:
         self.done.append(step)
+        if step == self.slow:
+            time.sleep(20)
         if self.failing.get(step):
             raise self.failing[step].pop(0)
         return result
+
+    def _ask(self, what: str, answer: Any) -> Any:
+        self.asked.append(what)
+        return answer
 
     def _verdict(self) -> Verdict:
         return decide("run", [Check(name="c", passed=self.passes, detail="It is so.")], {"adapter": "a"})
@@ -88,9 +105,7 @@ class Steps:
 def flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Steps, Any]]:
     monkeypatch.chdir(tmp_path)
 
-    def run(
-        todo: list[str], *, failing: dict[str, list[RegraftError]] | None = None, **more: bool
-    ) -> tuple[Steps, Any]:
+    def run(todo: list[str], *, failing: dict[str, list[RegraftError]] | None = None, **more: Any) -> tuple[Steps, Any]:
         world = Steps(monkeypatch, todo, **more)
         world.failing = failing or {}
         return world, retrain(return_state=True)
@@ -140,6 +155,24 @@ def test_a_failure_is_the_stages_own_error_when_the_flow_is_called(flow: Any) ->
     with pytest.raises(StageFailed, match=r"No column `text`\.") as caught:
         state.result()
     assert caught.value.exit_code == 2
+
+
+def test_a_step_that_takes_too_long_fails_with_the_name_of_its_timeout(
+    flow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeouts = Timeouts(train=1)
+    monkeypatch.setattr(Parameters, "timeouts", timeouts)
+    _, state = flow(ALL, slow="train")
+    with pytest.raises(RegraftError) as caught:
+        state.result()
+    assert type(caught.value) is RegraftError
+    assert caught.value.message == "`train` took longer than 1 s and was stopped"
+    assert caught.value.fix == "raise retrain.timeouts.train in params.yaml, then run the same command again"
+
+
+def test_the_fingerprint_is_taken_before_the_plan(flow: Any) -> None:
+    world, _ = flow([])
+    assert world.asked == ["fingerprint", "plan"]
 
 
 def test_the_verdict_is_a_table_and_the_outcome_a_page_among_the_artifacts(flow: Any) -> None:

@@ -108,6 +108,16 @@ def run(reports: Any, table: Make, tmp_path: Path) -> Run:
     return Run(layout, Champion(adapter="c" * 64, answers=registered, scored=stored), digests)
 
 
+def _registered(run: Run, **changes: Any) -> Path:
+    """Write the report that was registered with a champion of another base."""
+    present = EvaluateReport.load(run.layout.stage("evaluate") / "report.json")
+    other = {"base_digest": "o" * 64, "adapters": {"challenger": "c" * 64}, **changes}
+    path = run.champion.answers.parent / "reports/evaluate.json"
+    path.parent.mkdir(exist_ok=True)
+    present.model_copy(update=other).save(path)
+    return path
+
+
 def _evidence(verdict: Verdict) -> list[str]:
     assert not verdict.passed
     return [each.name for each in verdict.checks if each.name.endswith(".evidence") or each.name == "evidence"]
@@ -254,10 +264,34 @@ def test_the_champions_own_adapter_does_not_replace_it(run: Run) -> None:
 
 def test_a_champion_of_another_base_is_compared_on_the_rows_that_both_have_answered(run: Run, table: Make) -> None:
     write_answers(run.champion.answers, table([True] * 200 + [False] * 100 + [True] * 50, first=0, slices=SLICES)[:300])
-    verdict = run.judge(Champion("c" * 64, run.champion.answers, None))
+    verdict = run.judge(Champion("c" * 64, run.champion.answers, None, _registered(run)))
     assert verdict.passed
-    better = next(each for each in verdict.checks if each.name == "comparison.better_overall")
-    assert better.rows == 300
+    found = {each.name: each for each in verdict.checks}
+    assert found["comparison.better_overall"].rows == 300
+    assert "60 of the challenger's 360 rows were left out" in found["comparison.left_out"].detail
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"params_digest": "x" * 64}, "the scoring parameters"),
+        ({"code_digest": "x" * 64}, "the code that scores"),
+        ({"adapters": {"challenger": "x" * 64}}, "the adapter"),
+    ],
+)
+def test_answers_of_a_champion_of_another_base_count_only_if_made_and_graded_in_the_same_way(
+    run: Run, table: Make, change: dict[str, Any], what: str
+) -> None:
+    write_answers(run.champion.answers, table([True] * 200 + [False] * 100, slices=SLICES))
+    verdict = run.judge(Champion("c" * 64, run.champion.answers, None, _registered(run, **change)))
+    assert _evidence(verdict) == ["comparison.evidence"]
+    assert f"of its registered answers {what}" in verdict.reasons[0]
+
+
+def test_answers_of_a_champion_of_another_base_without_their_report_are_no_evidence(run: Run) -> None:
+    gone = run.layout.root / "gone.json"
+    for report in (None, gone):
+        assert _evidence(run.judge(Champion("c" * 64, run.champion.answers, None, report))) == ["comparison.evidence"]
 
 
 def test_the_champions_evidence_is_taken_from_the_store_only_for_the_present_base(
@@ -277,3 +311,4 @@ def test_the_champions_evidence_is_taken_from_the_store_only_for_the_present_bas
     assert calls == [adapter]
     assert (here.scored is None, elsewhere.scored is None) == (False, True)
     assert here.adapter == run.digests["adapter"]
+    assert elsewhere.report == run.champion.answers.parent / "reports/evaluate.json"

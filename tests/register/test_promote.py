@@ -15,7 +15,7 @@ from regraft.errors import DamagedArtifact, GateRefused, MissingInput
 from regraft.layout import Layout
 from regraft.register import lookup
 from regraft.register import promote as module
-from regraft.register.promote import Promotion, promote, rollback
+from regraft.register.promote import Promotion, check_exportable, promote, rollback
 from regraft.register.registry import register
 from regraft.register.service import Service
 from regraft.register.version import Entry, Version, champions, shorten
@@ -278,17 +278,33 @@ def test_rolling_back_twice_goes_two_champions_back_and_then_there_is_none(clone
         rollback(clones.PARAMS, layout)
 
 
-def test_rollback_to_a_version_that_never_was_champion_needs_a_passed_verdict(clone: Clone) -> None:
-    registered(clone, "one")
+def test_rollback_to_a_version_that_never_was_champion_is_refused_whatever_its_verdict_says(clone: Clone) -> None:
+    first = registered(clone, "one")
     promoted(clone)
-    layout = clone(adapter="two")
-    register(clones.PARAMS, layout=layout, resolved=clones.RESOLVED)
-    clones.judge(layout, "none", passed=False)
-    with pytest.raises(GateRefused):
-        register(clones.PARAMS, layout=layout, resolved=clones.RESOLVED)
-    with pytest.raises(GateRefused, match="never passed a verdict"):
-        rollback(clones.PARAMS, layout, 2)
-    assert state(clone)[0] == 1
+    passed = registered(clone, "two", first.adapter_digest)
+    assert passed.verdict == "passed"
+    with pytest.raises(GateRefused, match="version 2 never was the champion") as refused:
+        rollback(clones.PARAMS, Layout(root(clone)), 2)
+    assert "`regraft promote 2`" in str(refused.value.fix)
+    assert state(clone) == (1, [("promote", None, 1)], ["regraft"])
+
+
+def test_only_a_version_that_was_champion_or_passed_its_last_verdict_may_be_exported(clone: Clone) -> None:
+    def check(number: int) -> None:
+        layout = Layout(root(clone))
+        check_exportable(clones.PARAMS, layout, lookup.version(clones.PARAMS, layout, number))
+
+    for adapter in ("one", "two"):
+        registered(clone, adapter)
+    check(2)
+    promoted(clone, 1)
+    for adapter in ("one", "two"):
+        layout = clone(adapter=adapter, passed=False)
+        with pytest.raises(GateRefused):
+            register(clones.PARAMS, layout=layout, resolved=clones.RESOLVED)
+    check(1)
+    with pytest.raises(GateRefused, match="never was the champion, and it was refused: Better: no"):
+        check(2)
 
 
 def test_rollback_to_damaged_files_is_refused(clone: Clone) -> None:

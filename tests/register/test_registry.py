@@ -374,6 +374,19 @@ def test_a_server_that_refuses_is_tried_for_as_long_as_patience_says(clone: Clon
     assert 1.4 < time.monotonic() - started < 5
 
 
+def test_time_spent_between_two_answers_is_not_held_against_the_service(clone: Clone) -> None:
+    service = Service.of(clones.PARAMS, clone())
+    service.patience = 0.2
+    for answered in (
+        lambda: service.ask("search_registered_models"),
+        lambda: service.model("missing"),  # a refusal is an answer, too
+        lambda: service.transfer(str, "uploaded"),
+    ):
+        answered()
+        time.sleep(0.3)  # hashing, say
+        assert list(service.ask("search_registered_models")) == []
+
+
 def test_the_largest_time_limits_together_stay_under_a_minute() -> None:
     limits = {name: field.metadata for name, field in RegisterParams.model_fields.items()}
     longest = {name: next(m.le for m in limits[name] if hasattr(m, "le")) for name in ("timeout", "patience")}

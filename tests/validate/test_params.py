@@ -43,3 +43,21 @@ def test_settings_that_contradict_each_other_are_mistakes(tmp_path: Path, text: 
     with pytest.raises(ParamsError) as failure:
         read(tmp_path, text)
     assert expected in failure.value.message
+
+
+@pytest.mark.parametrize(
+    "place", ["data/later", "/data/raw/a.csv", "data/raw/../later", "data/raw/*/../../later", "data/ra*", "data/rawer"]
+)
+def test_places_that_dvc_does_not_watch_are_refused_in_a_clone_and_the_message_says_why(
+    tmp_path: Path, place: str
+) -> None:
+    with pytest.raises(ParamsError) as failure:
+        read(tmp_path, f"data: {{raw: [data/raw, '{place}']}}\nvalidate: {{}}\n")
+    assert "data.raw: found" in failure.value.message
+    assert "DVC looks only there for new data" in failure.value.message
+    assert f"(`{place}`); put the files, or a link to each file, into data/raw" in failure.value.message
+
+
+def test_places_in_the_folder_that_dvc_watches_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    places = ["data/raw", "./data/raw/2026", "data/raw//a.csv", "data/raw/**/*.csv"]
+    assert read(tmp_path, f"data: {{raw: {places}}}\nvalidate: {{}}\n").data.raw == places

@@ -137,6 +137,20 @@ def test_a_block_refuses_after_writing_report_rows_and_docs(stage: Any, chat: Ch
     assert "data/raw/a.jsonl:2" in (stage.root / "docs/index.html").read_text()
 
 
+def test_the_refused_rows_lie_beside_the_docs_until_data_passes_and_the_error_names_them(
+    stage: Any, chat: Chat
+) -> None:
+    stage.write("a.jsonl", chat("one") + "{\n")
+    with pytest.raises(GateRefused) as failure:
+        stage.run(expectations={"quarantined": {"level": "block", "share": 0.4}})
+    left = stage.root / "docs/quarantine.parquet"
+    assert str(left) in (failure.value.fix or "")
+    assert pq.read_table(left).to_pylist() == stage.quarantine()
+    assert [row["line"] for row in stage.quarantine()] == [2]
+    stage.run()
+    assert not left.exists()
+
+
 def test_a_reason_and_a_slice_can_block(stage: Any, chat: Chat) -> None:
     stage.write("a.jsonl", chat("one", kind="x") + "{\n")
     limits = {
