@@ -61,7 +61,7 @@ class StandinParams(Section):
     """Documents in a step; 1 to 1024. Smaller batches train better for each token and slower for each second."""
 
     steps: int = Field(default=1000, ge=1, le=100_000)
-    """Optimizer steps; 1 to 100,000. Two cores do them in about 40 seconds; with half as many
+    """Optimizer steps; 1 to 100,000. Two idle cores do them in about 45 seconds; with half as many
     it had hardly learnt to copy a word, which an adapter then has to learn in its place."""
 
     learning_rate: float = Field(default=6e-3, gt=0, le=0.1)
