@@ -67,8 +67,9 @@ def second_batch(clone: Path) -> None:
 
 
 def set_params(clone: Path, changes: dict[str, Any]) -> None:
-    """Change values of a clone's `params.yaml`; what is not named stays."""
-    yaml = YAML()
+    """Change values of a clone's `params.yaml`; what is not named stays, comments don't."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
     content = yaml.load(clone / "params.yaml")
 
     def merge(into: Any, values: dict[str, Any]) -> None:
