@@ -34,13 +34,16 @@ retrain: $(VENV)/.installed ## run the main job on what is in data/raw/
 	@$(BIN)/regraft retrain $(ARGS)
 
 test: $(VENV)/.installed ## units, contracts, kills and the whole job (under 15 minutes on two cores)
-	@$(BIN)/python -m pytest -m "not faults and not service and not gpu" --cov --cov-report=term $(ARGS)
+	@$(BIN)/python -m pytest -m "not faults and not service and not extended and not gpu" --cov --cov-report=term $(ARGS)
 
 test-faults: $(VENV)/.installed ## every kill point of every stage
 	@$(BIN)/python -m pytest -m "faults" $(ARGS)
 
 test-services: $(VENV)/.installed ## a Prefect server with two workers, and what else needs servers
 	@$(BIN)/python -m pytest -m "service" $(ARGS)
+
+test-extended: $(VENV)/.installed ## what trains, merges or prepares for minutes
+	@$(BIN)/python -m pytest -m "extended" $(ARGS)
 
 PY312 := $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) $(shell command -v python3.12))
 py312: ## the python3.12 that `make test-py312` would use, if there is one
@@ -51,7 +54,7 @@ test-py312: | $(if $(filter .uv/bin/uv,$(UV)),.uv/bin/uv) ## train, evaluate and
 	@test -x .venv-3.12/bin/python || $(UV) venv --quiet --python $(PY312) .venv-3.12
 	@$(UV) pip sync --quiet --python .venv-3.12/bin/python --compile-bytecode --require-hashes requirements.lock
 	@$(UV) pip install --quiet --python .venv-3.12/bin/python --no-deps --compile-bytecode --editable .
-	@.venv-3.12/bin/python -m pytest -m "not faults and not service and not gpu and not slow" \
+	@.venv-3.12/bin/python -m pytest -m "not faults and not service and not extended and not gpu and not slow" \
 		tests/model tests/train tests/evaluate tests/export $(ARGS)
 
 bench: $(VENV)/.installed ## measure the whole job on this machine and keep the figures in bench/results/
@@ -74,4 +77,4 @@ lock: | .uv/bin/uv ## resolve requirements.lock anew
 clean: ## remove what stages made (data/work/); the registry and the exports stay
 	@rm -rf data/work
 
-.PHONY: help install py312 retrain test test-faults test-services test-py312 bench lint format lock clean
+.PHONY: help install py312 retrain test test-faults test-services test-extended test-py312 bench lint format lock clean
