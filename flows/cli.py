@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from regraft.command import Json, Root, answer, clone, progress
-from regraft.errors import RegraftError
+from regraft.errors import RegraftError, ServiceUnavailable
 from regraft.layout import Layout
 
 HERE = Path()
@@ -112,12 +112,24 @@ def watch(
 
 
 def _run_flow(layout: Layout) -> dict[str, Any]:
-    """Run the flow `retrain` here, on the configured Prefect server or on one that ends with this command."""
+    """Run the flow `retrain` here, on the configured Prefect server or on one that ends with this command.
+
+    Raises:
+        ServiceUnavailable: the server stopped answering in the middle.
+    """
+    import httpx
+
     from flows.server import api
 
     progress("starting Prefect")
     with api(layout.work / ".prefect"):
         from flows.retrain import retrain as flow
 
-        outcome: dict[str, Any] = flow()  # type: ignore[assignment]
+        try:
+            outcome: dict[str, Any] = flow()  # type: ignore[assignment]
+        except httpx.TransportError as error:
+            raise ServiceUnavailable(
+                f"the Prefect server stopped answering in the middle ({error}); the stages that were done are kept",
+                fix="run the same command again to go on",
+            ) from error
     return outcome
