@@ -1,5 +1,6 @@
 """The commands of the flows, found by the entry point group `regraft.commands`; prefect is imported when one runs."""
 
+import shutil
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,7 @@ from regraft.errors import RegraftError, ServiceUnavailable
 from regraft.layout import Layout
 
 HERE = Path()
+_ROOM = 20  # MB; the shipped job's databases and reports take about a fifth of it, stages and export check their own
 WHOLE, SERVER = "The whole job", "With a Prefect server"
 commands = typer.Typer()
 
@@ -115,11 +117,20 @@ def _run_flow(layout: Layout) -> dict[str, Any]:
     """Run the flow `retrain` here, on the configured Prefect server or on one that ends with this command.
 
     Raises:
-        ServiceUnavailable: the server stopped answering in the middle.
+        RegraftError: the disk is full before anything began.
+        ServiceUnavailable: the server stopped answering in the middle, or failed.
     """
     import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
 
     from flows.server import api
+
+    # The databases of Prefect and MLflow do not say clearly that a disk is full.
+    if (free := _free(layout)) < _ROOM:
+        raise RegraftError(
+            f"the disk that holds {layout.root.resolve()} has {free:.1f} MB free; a retraining needs {_ROOM} MB at least",
+            fix="free some space, then run the same command again",
+        )
 
     progress("starting Prefect")
     with api(layout.work / ".prefect"):
@@ -127,9 +138,16 @@ def _run_flow(layout: Layout) -> dict[str, Any]:
 
         try:
             outcome: dict[str, Any] = flow()  # type: ignore[assignment]
-        except httpx.TransportError as error:
+        except (httpx.TransportError, PrefectHTTPStatusError) as error:
+            first = (str(error).splitlines() or [""])[0]
             raise ServiceUnavailable(
-                f"the Prefect server stopped answering in the middle ({error}); the stages that were done are kept",
+                f"the Prefect server failed in the middle ({first}; {_free(layout):.0f} MB of disk are free); "
+                "the stages that were done are kept",
                 fix="run the same command again to go on",
             ) from error
     return outcome
+
+
+def _free(layout: Layout) -> float:
+    """Free space of the disk that holds the clone, MB."""
+    return shutil.disk_usage(layout.root).free / 1e6

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import small_clone
 from ruamel.yaml import YAML
@@ -132,6 +133,29 @@ def project(tmp_path: Path) -> Iterator[Project]:
         made.stop()
 
 
+def _worker_process(project: Project, pool: str) -> psutil.Process:
+    """The process of a worker itself."""
+    started = next(p for p in project.started if isinstance(p.args, list) and p.args[-2:] == ["worker", pool])
+    return psutil.Process(started.pid)
+
+
+def _flow_process(project: Project, flow: str) -> psutil.Process:
+    """The process in which the newest run of a flow works."""
+    wanted = project.runs(flow)[-1]["id"]
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(project.root) and process.environ().get("PREFECT__FLOW_RUN_ID") == wanted:
+                ours = [p for p in process.parents() if p.environ().get("PREFECT__FLOW_RUN_ID") == wanted]
+                return ours[-1] if ours else process
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    raise AssertionError(f"no process works on the run {wanted}")
+
+
+def _is_training(project: Project) -> bool:
+    return next(iter(project.root.glob("data/work/checkpoints/*/step-*")), None) is not None
+
+
 def _look_often(root: Path) -> None:
     yaml = YAML()
     deployments = yaml.load(root / "prefect.yaml")
@@ -183,3 +207,42 @@ def test_a_second_batch_that_is_dropped_in_leads_to_exactly_one_retraining_acros
     assert {run["work_pool_name"] for run in project.runs("retrain")} == {"regraft-cpu"}
     assert registered(project.root, "adapter_digest") == [first, second]
     assert len(registered(project.root, "verdict_digest")) == 2
+
+
+@pytest.mark.service
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_killed_flow_is_taken_up_by_the_next_command_and_a_killed_worker_costs_nothing(
+    project: Project, tmp_path: Path
+) -> None:
+    small_clone.set_params(project.root, {"train": {"max_steps": 600}})
+    undisturbed = small_clone.small_clone(tmp_path / "undisturbed")
+    small_clone.set_params(undisturbed, {"train": {"max_steps": 600}})
+    subprocess.run(
+        [sys.executable, "-m", "regraft", "train", "--with-upstream"],
+        cwd=undisturbed,
+        env=project.environment | {"PYTHONPATH": str(undisturbed)},
+        check=True,
+    )
+    wanted = (undisturbed / "data/work/train/manifest.json").read_bytes()
+
+    project.start("server", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(project.port), "--no-ui")
+    project.wait("the server", lambda: project.ask("/flows/count", {}) == 0, 180)
+    project.regraft("deploy")
+    project.start("worker-cpu", "regraft", "worker", "cpu")
+    project.start("worker-gpu", "regraft", "worker", "gpu")
+
+    # The flow dies in the middle of training; the stage is another worker's and goes on.
+    project.wait("a checkpoint", lambda: _is_training(project), 600)
+    _flow_process(project, "retrain").kill()
+    project.wait("the end of the killed run", lambda: project.ended("retrain") == ["Crashed"], 400)
+    assert project.regraft("retrain")["state"] == "promoted"
+    assert (project.root / "data/work/train/manifest.json").read_bytes() == wanted
+
+    # The worker of the accelerators dies in the middle of training; what it had started goes on.
+    small_clone.second_batch(project.root)
+    project.wait("a checkpoint", lambda: len(project.runs("stage")) >= 3 and _is_training(project), 600)
+    _worker_process(project, "gpu").kill()
+    project.start("worker-gpu-again", "regraft", "worker", "gpu")
+    project.wait("the second retraining", lambda: "Promoted" in project.ended("retrain")[1:], 900)
+    assert project.regraft("status")["champion"]["number"] == 2
