@@ -89,6 +89,21 @@ def lineage(version: Version = "champion", root: Root = HERE, as_json: Json = Fa
     answer(found, status.lineage_lines(found), as_json=as_json)
 
 
+@app.command(rich_help_panel=WHOLE)
+def diff(
+    first: Annotated[str, typer.Argument(help=WHICH)],
+    second: Version = "champion",
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Show what differs between two versions: data, code, parameters, packages, reports."""
+    layout = clone(root)
+    from regraft import settings, status
+
+    found = status.difference(layout, settings.load(layout), first, second)
+    answer(found, status.difference_lines(found), as_json=as_json)
+
+
 @app.command(rich_help_panel=STAGES)
 def model(with_upstream: Upstream = False, root: Root = HERE, as_json: Json = False) -> None:
     """Make the base model ready: train the stand-in, or check the pinned weights."""

@@ -1,5 +1,6 @@
 """How a clone is: stages, champion, challenger, last verdict, export; and what made a version. Nothing is changed."""
 
+import re
 from typing import Any
 
 from regraft import pipeline, retrain
@@ -95,6 +96,55 @@ def lineage_lines(found: dict[str, Any]) -> list[str]:
             else:
                 lines.append(f"  {name}: {_cut(value)}")
     return lines
+
+
+def difference(layout: Layout, settings: Settings, first: str, second: str) -> dict[str, Any]:
+    """Return what differs between two versions: their numbers under `versions`, the rest as `regraft.lineage.diff`.
+
+    Raises:
+        MissingInput, DamagedArtifact, ServiceUnavailable: as in `lineage_of`.
+    """
+    from regraft.lineage import diff
+
+    one, two = (lineage_of(layout, settings, which) for which in (first, second))
+    numbers = [one.pop("version")["number"], two.pop("version")["number"]]
+    return {"versions": numbers, "differs": diff(one, two)}
+
+
+def difference_lines(found: dict[str, Any]) -> list[str]:
+    """Return a difference in words: data, parameters and packages by name; digests and lists by section."""
+    first, second = found["versions"]
+    differs = found["differs"]
+    if not differs:
+        return [f"Versions {first} and {second} were made from the same."]
+    lines = [f"What differs between version {first} and version {second}:"]
+    for name, change in differs.get("raw", {}).items():
+        rows = " -> ".join("none" if each is None else f"{each} rows" for each in change["rows"])
+        lines.append(f"  {name}: {change['changed']} ({rows})")
+    followed = []
+    for section, changes in differs.items():
+        told = (
+            {name: pair for name, pair in changes.items() if not _is_digest(pair) and not _is_list(pair)}
+            if section != "raw"
+            else {}
+        )
+        lines += [f"  {section}.{name}: {_cut(old)} -> {_cut(new)}" for name, (old, new) in told.items()]
+        if section != "raw" and len(told) < len(changes):
+            followed.append(f"{section} ({len(changes) - len(told)})")
+    if followed:
+        lines.append(f"  digests and lists that differ, too: {', '.join(followed)}; `--json` has them")
+    return lines
+
+
+_DIGEST = re.compile(r"(refs/regraft/)?[0-9a-f]{16,}(\.dir)?")
+
+
+def _is_list(pair: list[Any]) -> bool:
+    return any(isinstance(each, list) for each in pair)
+
+
+def _is_digest(pair: list[Any]) -> bool:
+    return all(each is None or (isinstance(each, str) and _DIGEST.fullmatch(each)) for each in pair)
 
 
 def _stage(layout: Layout, name: str, reasons: list[str] | None) -> dict[str, Any]:

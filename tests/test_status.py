@@ -71,3 +71,23 @@ def test_a_lineage_in_words_is_two_levels_deep_and_cut() -> None:
         f"    a.jsonl: {'x' * 97}...",
         "  rows: 3",
     ]
+
+
+def test_a_difference_names_rows_and_parameters_and_counts_the_digests_that_follow() -> None:
+    found = {
+        "versions": [1, 2],
+        "differs": {
+            "raw": {"b.jsonl": {"changed": "added", "rows": [None, 12]}},
+            "params": {"train.rank": [8, 16]},
+            "data": {"rows": [10, 22], "digest": ["a" * 64, "b" * 64]},
+            "verdict": {"checks": [[], [{}]]},
+        },
+    }
+    assert status.difference_lines(found) == [
+        "What differs between version 1 and version 2:",
+        "  b.jsonl: added (none -> 12 rows)",
+        "  params.train.rank: 8 -> 16",
+        "  data.rows: 10 -> 22",
+        "  digests and lists that differ, too: data (1), verdict (1); `--json` has them",
+    ]
+    assert status.difference_lines({"versions": [1, 1], "differs": {}}) == ["Versions 1 and 1 were made from the same."]
