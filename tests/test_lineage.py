@@ -1,13 +1,11 @@
 """lineage.json: what made a version, the same for the same thing, and what differs between two."""
 
-import importlib.util
 import json
 import socket
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import clones
 import pytest
 
 from regraft.artifacts import write_json
@@ -20,24 +18,13 @@ from regraft.register.registry import register
 CODE = {"commit": "c" * 40, "ref": "refs/regraft/cccccccccccccccc"}
 
 
-@pytest.fixture
-def clones(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("clones", Path(__file__).parent / "clones.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "clones", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def described(clones: ModuleType, root: Path, **what: Any) -> dict[str, Any]:
+def described(root: Path, **what: Any) -> dict[str, Any]:
     layout = clones.make(root, **what)
     return describe(layout, gather(layout, layout.verdict), CODE, resolved=clones.RESOLVED)
 
 
-def test_it_names_every_part_of_what_made_a_version(clones: ModuleType, tmp_path: Path) -> None:
-    found = described(clones, tmp_path)
+def test_it_names_every_part_of_what_made_a_version(tmp_path: Path) -> None:
+    found = described(tmp_path)
     assert set(found) == {
         "schema_version", "identity", "data", "dvc", "code", "params", "base", "environment", "seed", "parent",
         "reports", "verdict",
@@ -50,22 +37,20 @@ def test_it_names_every_part_of_what_made_a_version(clones: ModuleType, tmp_path
     assert set(found["reports"]) == {"model", "validate", "preprocess", "train", "evaluate"}
 
 
-def test_the_same_thing_described_twice_is_the_same_and_names_no_host_and_no_folder(
-    clones: ModuleType, tmp_path: Path
-) -> None:
-    first, second = described(clones, tmp_path / "a"), described(clones, tmp_path / "b")
+def test_the_same_thing_described_twice_is_the_same_and_names_no_host_and_no_folder(tmp_path: Path) -> None:
+    first, second = described(tmp_path / "a"), described(tmp_path / "b")
     assert first == second
     text = json.dumps(first)
     assert socket.gethostname() not in text
     assert str(tmp_path) not in text
 
 
-def test_two_equal_lineages_do_not_differ(clones: ModuleType, tmp_path: Path) -> None:
-    assert diff(described(clones, tmp_path / "a"), described(clones, tmp_path / "b")) == {}
+def test_two_equal_lineages_do_not_differ(tmp_path: Path) -> None:
+    assert diff(described(tmp_path / "a"), described(tmp_path / "b")) == {}
 
 
-def test_more_rows_differ_in_raw_data_by_file_and_count(clones: ModuleType, tmp_path: Path) -> None:
-    first, second = described(clones, tmp_path / "a"), described(clones, tmp_path / "b", rows=30)
+def test_more_rows_differ_in_raw_data_by_file_and_count(tmp_path: Path) -> None:
+    first, second = described(tmp_path / "a"), described(tmp_path / "b", rows=30)
     second["data"]["raw"]["data/raw/b.jsonl"] = {"sha256": "0" * 64, "rows": 5}
     found = diff(first, second)
     assert found["raw"] == {
@@ -77,8 +62,8 @@ def test_more_rows_differ_in_raw_data_by_file_and_count(clones: ModuleType, tmp_
     assert diff(second, first)["raw"]["data/raw/b.jsonl"] == {"changed": "removed", "rows": [5, None]}
 
 
-def test_a_changed_parameter_differs_in_its_own_section_with_both_values(clones: ModuleType, tmp_path: Path) -> None:
-    first = described(clones, tmp_path)
+def test_a_changed_parameter_differs_in_its_own_section_with_both_values(tmp_path: Path) -> None:
+    first = described(tmp_path)
     second = json.loads(json.dumps(first))
     second["params"]["train"]["rank"] = 8
     second["params"]["train"]["alpha"] = 16
@@ -106,10 +91,10 @@ stages:
 """
 
 
-def test_dvc_lock_gives_md5_and_parameters_of_each_stage(clones: ModuleType, tmp_path: Path) -> None:
+def test_dvc_lock_gives_md5_and_parameters_of_each_stage(tmp_path: Path) -> None:
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "dvc.lock").write_text(DVC_LOCK.format(rank=4))
-    assert described(clones, tmp_path)["dvc"] == {
+    assert described(tmp_path)["dvc"] == {
         "stages": {
             "train": {
                 "deps": {"data/work/preprocess": "aa.dir"},
@@ -120,19 +105,19 @@ def test_dvc_lock_gives_md5_and_parameters_of_each_stage(clones: ModuleType, tmp
     }
 
 
-def test_parameters_that_changed_since_the_stages_ran_are_refused(clones: ModuleType, tmp_path: Path) -> None:
+def test_parameters_that_changed_since_the_stages_ran_are_refused(tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").write_text(DVC_LOCK.format(rank=8))
     with pytest.raises(GateRefused, match=r"params\.yaml was changed since the stages ran: train"):
-        described(clones, tmp_path)
+        described(tmp_path)
 
 
-def test_hardware_is_what_training_measured(clones: ModuleType, tmp_path: Path) -> None:
+def test_hardware_is_what_training_measured(tmp_path: Path) -> None:
     write_json(Layout(tmp_path).measurements("train"), {"hardware": {"gpu": "H200"}, "seconds": 3})
-    assert described(clones, tmp_path)["environment"]["hardware"] == {"gpu": "H200"}
+    assert described(tmp_path)["environment"]["hardware"] == {"gpu": "H200"}
 
 
 def test_a_registered_lineage_comes_back_and_an_altered_one_does_not(
-    clones: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     layout = clones.make(tmp_path)

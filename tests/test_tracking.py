@@ -1,6 +1,5 @@
 """Live metrics: each step once, whatever the server does, and training never waits for it."""
 
-import importlib.util
 import json
 import socket
 import subprocess
@@ -9,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import clones
 import pytest
 
 from regraft.artifacts import write_json
@@ -25,16 +24,9 @@ from regraft.tracking import TAG, Curve, MetricsTail, training_key
 KEY = "a1b2" * 16
 
 
-@pytest.fixture
-def clones(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("clones", Path(__file__).parent / "clones.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "clones", module)
-    spec.loader.exec_module(module)
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +40,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def layout(clones: ModuleType, empty_store: Path, tmp_path: Path) -> Layout:
+def layout(empty_store: Path, tmp_path: Path) -> Layout:
     """A clone with an empty store, in which nothing was trained yet."""
     clones.copy_store(empty_store, tmp_path)
     return Layout(tmp_path)
@@ -65,66 +57,66 @@ def until(true: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def tail(clones: ModuleType, layout: Layout, **what: Any) -> MetricsTail:
+def tail(layout: Layout, **what: Any) -> MetricsTail:
     return MetricsTail(clones.PARAMS, layout, poll=0.05, **what)
 
 
-def run_of(clones: ModuleType, layout: Layout, key: str = KEY) -> Any:
+def run_of(layout: Layout, key: str = KEY) -> Any:
     client = Service.of(clones.PARAMS, layout).client
     experiment = client.get_experiment_by_name("regraft")
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`{TAG}` = '{key}'")
     return run
 
 
-def logged(clones: ModuleType, layout: Layout, name: str = "loss") -> list[tuple[int, float]]:
+def logged(layout: Layout, name: str = "loss") -> list[tuple[int, float]]:
     client = Service.of(clones.PARAMS, layout).client
-    found = client.get_metric_history(run_of(clones, layout).info.run_id, name)
+    found = client.get_metric_history(run_of(layout).info.run_id, name)
     return sorted((each.step, each.value) for each in found)
 
 
-def test_steps_are_in_mlflow_while_training_runs(clones: ModuleType, layout: Layout) -> None:
-    with tail(clones, layout) as following:
+def test_steps_are_in_mlflow_while_training_runs(layout: Layout) -> None:
+    with tail(layout) as following:
         clones.live(layout, KEY, steps(1, 2))
         until(lambda: following.run_id is not None and following.unsent == 0)
-        assert run_of(clones, layout).info.status == "RUNNING"
-        assert [step for step, _ in logged(clones, layout)] == [1, 2]
-    assert following.run_id == run_of(clones, layout).info.run_id
+        assert run_of(layout).info.status == "RUNNING"
+        assert [step for step, _ in logged(layout)] == [1, 2]
+    assert following.run_id == run_of(layout).info.run_id
 
 
-def test_at_the_end_every_value_of_every_step_is_there_once(clones: ModuleType, layout: Layout) -> None:
-    with tail(clones, layout) as following:
+def test_at_the_end_every_value_of_every_step_is_there_once(layout: Layout) -> None:
+    with tail(layout) as following:
         clones.live(layout, KEY, steps(1, 2))
         until(lambda: following.run_id is not None)
         clones.live(layout, KEY, steps(1, 2, 3, 4))
     assert following.unsent == 0
-    assert logged(clones, layout) == [(n, 1 / n) for n in (1, 2, 3, 4)]
-    assert [step for step, _ in logged(clones, layout, "learning_rate")] == [1, 2, 3, 4]
-    assert run_of(clones, layout).info.status == "FINISHED"
+    assert logged(layout) == [(n, 1 / n) for n in (1, 2, 3, 4)]
+    assert [step for step, _ in logged(layout, "learning_rate")] == [1, 2, 3, 4]
+    assert run_of(layout).info.status == "FINISHED"
 
 
-def test_a_resumed_training_goes_on_in_the_same_run_and_repeats_no_step(clones: ModuleType, layout: Layout) -> None:
+def test_a_resumed_training_goes_on_in_the_same_run_and_repeats_no_step(layout: Layout) -> None:
     clones.live(layout, KEY, steps(1, 2, 3))
-    with pytest.raises(Preempted), tail(clones, layout):
+    with pytest.raises(Preempted), tail(layout):
         raise Preempted("stopped")
-    assert run_of(clones, layout).info.status == "KILLED"
+    assert run_of(layout).info.status == "KILLED"
     clones.live(layout, KEY, steps(1, 2))
-    with tail(clones, layout) as following:
+    with tail(layout) as following:
         time.sleep(0.2)
         clones.live(layout, KEY, steps(1, 2, 3, 4))
     assert following.unsent == 0
-    assert [step for step, _ in logged(clones, layout)] == [1, 2, 3, 4]
-    assert run_of(clones, layout).info.status == "FINISHED"
+    assert [step for step, _ in logged(layout)] == [1, 2, 3, 4]
+    assert run_of(layout).info.status == "FINISHED"
 
 
-def test_a_failed_training_ends_its_run_as_failed(clones: ModuleType, layout: Layout) -> None:
+def test_a_failed_training_ends_its_run_as_failed(layout: Layout) -> None:
     clones.live(layout, KEY, steps(1))
-    with pytest.raises(ValueError, match="broken"), tail(clones, layout):
+    with pytest.raises(ValueError, match="broken"), tail(layout):
         raise ValueError("broken")
-    assert run_of(clones, layout).info.status == "FAILED"
+    assert run_of(layout).info.status == "FAILED"
 
 
 def test_an_answer_lost_after_the_server_had_committed_repeats_no_step(
-    clones: ModuleType, layout: Layout, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: list[str] = []
     ask = Service.ask
@@ -137,52 +129,52 @@ def test_an_answer_lost_after_the_server_had_committed_repeats_no_step(
         return answer
 
     monkeypatch.setattr(Service, "ask", lossy)
-    with tail(clones, layout):
+    with tail(layout):
         clones.live(layout, KEY, steps(1, 2))
         until(lambda: bool(lost))
         clones.live(layout, KEY, steps(1, 2, 3))
-    assert [step for step, _ in logged(clones, layout)] == [1, 2, 3]
+    assert [step for step, _ in logged(layout)] == [1, 2, 3]
 
 
-def test_what_an_outage_kept_back_is_sent_by_the_next_tail(clones: ModuleType, layout: Layout) -> None:
+def test_what_an_outage_kept_back_is_sent_by_the_next_tail(layout: Layout) -> None:
     clones.live(layout, KEY, steps(1, 2))
     away = RegisterParams(tracking_uri="http://127.0.0.1:9")
     with MetricsTail(away, layout, poll=0.05) as following:
         pass
     assert following.unsent == 2
-    with tail(clones, layout):
+    with tail(layout):
         pass
-    assert [step for step, _ in logged(clones, layout)] == [1, 2]
+    assert [step for step, _ in logged(layout)] == [1, 2]
 
 
-def test_what_an_outage_kept_back_is_sent_by_register(clones: ModuleType, layout: Layout) -> None:
+def test_what_an_outage_kept_back_is_sent_by_register(layout: Layout) -> None:
     clones.make(layout.root)
     clones.live(layout, KEY, clones.STEPS)
     with MetricsTail(RegisterParams(tracking_uri="http://127.0.0.1:9"), layout, poll=0.05):
         pass
     version = register(clones.PARAMS, layout=layout, resolved=clones.RESOLVED)
-    assert run_of(clones, layout).info.run_id == version.run_id
-    assert [step for step, _ in logged(clones, layout)] == [1, 2, 3, 4, 5]
+    assert run_of(layout).info.run_id == version.run_id
+    assert [step for step, _ in logged(layout)] == [1, 2, 3, 4, 5]
 
 
-def test_the_run_that_followed_the_training_is_the_run_of_the_version(clones: ModuleType, layout: Layout) -> None:
+def test_the_run_that_followed_the_training_is_the_run_of_the_version(layout: Layout) -> None:
     clones.make(layout.root)
-    with tail(clones, layout) as following:
+    with tail(layout) as following:
         clones.live(layout, KEY, clones.STEPS)
     version = register(clones.PARAMS, layout=layout, resolved=clones.RESOLVED)
     assert version.run_id == following.run_id
-    assert [step for step, _ in logged(clones, layout)] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in logged(layout)] == [1, 2, 3, 4, 5]
 
 
-def test_another_training_gets_a_run_of_its_own(clones: ModuleType, layout: Layout) -> None:
+def test_another_training_gets_a_run_of_its_own(layout: Layout) -> None:
     other = "ffff" * 16
-    with tail(clones, layout) as following:
+    with tail(layout) as following:
         clones.live(layout, KEY, steps(1))
         until(lambda: following.run_id is not None)
         clones.live(layout, other, steps(1, 2))
-    assert [step for step, _ in logged(clones, layout)] == [1]
-    assert run_of(clones, layout).info.status == "KILLED"
-    assert run_of(clones, layout, other).info.status == "FINISHED"
+    assert [step for step, _ in logged(layout)] == [1]
+    assert run_of(layout).info.status == "KILLED"
+    assert run_of(layout, other).info.status == "FINISHED"
 
 
 @pytest.fixture
@@ -207,9 +199,7 @@ def hanging() -> Iterator[str]:
         thread.join(5)
 
 
-def test_a_server_that_hangs_costs_training_nothing_and_its_end_a_bounded_time(
-    clones: ModuleType, layout: Layout, hanging: str
-) -> None:
+def test_a_server_that_hangs_costs_training_nothing_and_its_end_a_bounded_time(layout: Layout, hanging: str) -> None:
     clones.live(layout, KEY, steps(1))
     with MetricsTail(RegisterParams(tracking_uri=hanging), layout, poll=0.05, last_word=1.0) as following:
         started = time.monotonic()
@@ -221,9 +211,9 @@ def test_a_server_that_hangs_costs_training_nothing_and_its_end_a_bounded_time(
     assert following.unsent == 1
 
 
-def test_with_nothing_to_send_mlflow_is_not_even_imported(clones: ModuleType, layout: Layout) -> None:
+def test_with_nothing_to_send_mlflow_is_not_even_imported(layout: Layout) -> None:
     clones.live(layout, KEY, steps(1))
-    with tail(clones, layout):
+    with tail(layout):
         pass
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom regraft.layout import Layout\n"
@@ -265,7 +255,7 @@ def test_a_loss_that_is_not_a_number_is_kept_and_a_broken_line_passed_over(tmp_p
     assert curve.steps[1]["loss"] != curve.steps[1]["loss"]
 
 
-def test_a_training_is_told_from_another_by_its_curve(clones: ModuleType, tmp_path: Path) -> None:
+def test_a_training_is_told_from_another_by_its_curve(tmp_path: Path) -> None:
     layout = clones.make(tmp_path)
     assert training_key(layout) is None
     clones.live(layout, KEY, clones.STEPS)
@@ -276,11 +266,11 @@ def test_a_training_is_told_from_another_by_its_curve(clones: ModuleType, tmp_pa
     assert training_key(layout) is None
 
 
-def test_the_note_of_what_was_sent_is_small(clones: ModuleType, layout: Layout) -> None:
+def test_the_note_of_what_was_sent_is_small(layout: Layout) -> None:
     clones.live(layout, KEY, steps(*range(1, 400)))
-    with tail(clones, layout):
+    with tail(layout):
         pass
     (note,) = (layout.work / "tracking").glob("*.json")
     found = json.loads(note.read_bytes())
     assert (found["key"], found["last"], found["status"]) == (KEY, 399, "FINISHED")
-    assert len(logged(clones, layout)) == 399
+    assert len(logged(layout)) == 399

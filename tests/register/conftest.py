@@ -1,25 +1,10 @@
 """Clones whose stages have run, and an empty MLflow store for each test."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-
-
-def _load_clones() -> None:
-    """Make `import clones` work in importlib mode, in the processes that tests start, too."""
-    spec = importlib.util.spec_from_file_location("clones", Path(__file__).parent.parent / "clones.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["clones"] = module
-    spec.loader.exec_module(module)
-
-
-_load_clones()
 
 
 @pytest.fixture(scope="session")
