@@ -71,15 +71,19 @@ def load_model(
         base: from `open_base`.
         quantization: how to hold it; None for the weights as they are stored, in their own dtype.
         training: prepare for gradients: no key-value cache. Otherwise it is in evaluation mode.
-        attention: `sdpa` or `eager`.
+        attention: `model.attention`; the kernels for packed blocks are used only in training.
     """
     quiet_libraries()
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from regraft.model.attention import implementation
+
+    config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
+    kernel = implementation(attention, training=training, dtype=_dtype(quantization), config=config)
     model = AutoModelForCausalLM.from_pretrained(
         base.folder,
         device_map={"": device()},
-        attn_implementation=attention,
+        attn_implementation=kernel,
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
@@ -130,12 +134,22 @@ def mend_4bit(model: "torch.nn.Module") -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that nn.Module knows
 
 
+def _dtype(quantization: Quantization | None) -> "torch.dtype":
+    import torch
+
+    return torch.float32 if quantization is None or quantization.bits == 32 else compute_dtype(quantization)
+
+
 def _quantized(quantization: Quantization | None) -> dict[str, Any]:
     if quantization is None:
         return {"dtype": "auto"}
     dtype = compute_dtype(quantization)
     if quantization.bits == 16:
         return {"dtype": dtype if quantization.compute_dtype != "auto" else "auto"}
+    if quantization.bits == 32:
+        import torch
+
+        return {"dtype": torch.float32}
     from transformers import BitsAndBytesConfig
 
     # A list given replaces the library's own choice, so the output layer must be in it.
@@ -143,7 +157,9 @@ def _quantized(quantization: Quantization | None) -> dict[str, Any]:
     if quantization.bits == 8:
         return {
             "dtype": dtype,
-            "quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip),
+            "quantization_config": BitsAndBytesConfig(
+                load_in_8bit=True, llm_int8_threshold=quantization.int8_threshold, llm_int8_skip_modules=skip
+            ),
         }
     return {
         "dtype": dtype,

@@ -16,8 +16,9 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 class Quantization(Section):
     """How the frozen base lies in memory while an adapter is trained and evaluated on it (QLoRA, arXiv:2305.14314)."""
 
-    bits: Literal[4, 8, 16] = 4
-    """Bits for each weight of a linear layer: 4 or 8 (bitsandbytes), or 16 for the weights as they are."""
+    bits: Literal[4, 8, 16, 32] = 4
+    """Bits for each weight of a linear layer: 4 or 8 (bitsandbytes), 16 for the weights as they are stored (or in
+    `compute_dtype`, where one is named), 32 for all of them in fp32."""
 
     type: Literal["nf4", "fp4"] = "nf4"
     """Code book of 4-bit weights. NF4 suits normally distributed weights, which trained ones are."""
@@ -27,6 +28,10 @@ class Quantization(Section):
 
     compute_dtype: Dtype = "auto"
     """What matrices are multiplied in. `auto`: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+
+    int8_threshold: float = Field(default=6.0, ge=0, le=1000)
+    """Input features with a value beyond it are multiplied in 16 bits (LLM.int8, arXiv:2208.07339); 0 to 1000, 0 turns
+    that off. Only where `bits` is 8."""
 
     skip_modules: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Names of linear layers that stay unquantised, besides the output layer, which always does."""
@@ -47,8 +52,10 @@ class ModelParams(Section):
     quantization: Quantization = Field(default_factory=Quantization)
     """How the base lies in memory."""
 
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel: PyTorch's fused one, or plain matrix products, slower and easier to inspect."""
+    attention: Literal["auto", "sdpa", "eager", "flex", "varlen"] = "sdpa"
+    """Attention kernel while training. `sdpa`: PyTorch's fused one. `eager`: plain matrix products, slower and easier to
+    inspect. `flex`: FlexAttention with a block mask. `varlen`: torch's kernel for packed documents, which never looks at
+    pairs of tokens of different ones; both need a GPU. `auto`: `varlen` where GPU and model can, else `sdpa`."""
 
     @model_validator(mode="after")
     def _check_revision(self) -> "ModelParams":

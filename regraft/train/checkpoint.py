@@ -4,6 +4,7 @@
     CHECKPOINTS/<16 hex of the key>/
         key.json                           the key and what it was made from
         metrics.jsonl                      live: one line for each logged step
+        speed.jsonl                        live: tokens a second and memory at those steps; no two runs have the same
         step-000100/                       through commit_dir(): adapter, optimizer, scheduler, RNG states, progress
         finished.json                      once the stage's output was committed
 
@@ -39,6 +40,11 @@ class Checkpoints:
     def metrics(self) -> Path:
         """The live metrics, one JSON line for each logged step."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def speed(self) -> Path:
+        """The live speed, one JSON line for each logged step; never part of a checkpoint."""
+        return self.folder / "speed.jsonl"
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Packed blocks: reading them without loading them, and batching them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from regraft.errors import DataError, MissingInput
 
 if TYPE_CHECKING:
     import datasets
+    import torch
 
 IGNORE = -100
 """Label of a token that is not trained."""
@@ -47,6 +48,35 @@ def open_blocks(dataset: Path) -> Blocks:
             f"{dataset} holds no block to train on", fix="add rows, or lower preprocess.holdout.share, then repeat"
         )
     return Blocks(rows=rows, digest=read_json(dataset / "report.json")["train_digest"])
+
+
+def split(rows: "datasets.Dataset", share: float) -> tuple["datasets.Dataset", "datasets.Dataset | None"]:
+    """Return the blocks that are trained on, and those that measure a held-out loss: every so many-th one.
+
+    Raises:
+        DataError: too few blocks for both.
+    """
+    if share == 0:
+        return rows, None
+    count = max(1, round(share * len(rows)))
+    if count >= len(rows):
+        raise DataError(
+            f"{len(rows)} blocks are too few for a validation_share of {share}", fix="lower it, or add rows"
+        )
+    held_out = [(2 * index + 1) * len(rows) // (2 * count) for index in range(count)]
+    kept = sorted({*range(len(rows))} - {*held_out})
+    return rows.select(kept), rows.select(held_out)
+
+
+def batches(rows: "datasets.Dataset", batch_size: int, pad_id: int) -> Iterator[dict[str, Any]]:
+    """Yield all blocks once, in their order, as `collate` makes them."""
+    for first in range(0, len(rows), batch_size):
+        yield collate([rows[index] for index in range(first, min(first + batch_size, len(rows)))], pad_id)
+
+
+def moved(batch: Mapping[str, Any], device: "torch.device") -> dict[str, Any]:
+    """Put a batch's tensors on a device."""
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[str, Any]:

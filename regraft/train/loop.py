@@ -16,14 +16,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from regraft.errors import Preempted, TrainingDiverged
 from regraft.failpoints import failpoint
-from regraft.model.adapter import adapter_bytes, load_weights
+from regraft.model.adapter import adapter_bytes, load_parameters
+from regraft.train.adapt import START, Trainee
 from regraft.train.checkpoint import Checkpoints
+from regraft.train.data import IGNORE, batches, moved
 from regraft.train.loss import summed_loss
 from regraft.train.params import TrainParams
+from regraft.train.speed import Speed
 from regraft.train.stop import StopRequest
 
 log = logging.getLogger("regraft.train")
-ADAPTER, PROGRESS = "adapter.safetensors", "progress.json"
+ADAPTER, PROGRESS, BEST = "adapter.safetensors", "progress.json", "best.safetensors"
 _MOST_SKIPPED = 20
 """fp16 steps in a row that loss scaling may skip; a healthy run skips a handful while it finds its scale."""
 
@@ -41,6 +44,14 @@ class Progress:
     computed: int = 0
     """Tokens through the model, padding counted."""
     grad_norm_largest: float = 0.0
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    """Step and held-out loss of each measurement."""
+    stopped_early: bool = False
+
+    @property
+    def best_step(self) -> int | None:
+        """The first step with the lowest held-out loss; None where none was measured."""
+        return min(self.held_out, key=lambda each: each[1])[0] if self.held_out else None
 
     def mean(self, first: int, last: int) -> float:
         """Mean loss for each trained token over a range of steps (from `first`, before `last`, counted from 0)."""
@@ -51,7 +62,9 @@ class Progress:
     @classmethod
     def load(cls, checkpoint: Path) -> "Progress":
         """Read the progress at a checkpoint."""
-        return cls(**json.loads((checkpoint / PROGRESS).read_bytes()))
+        content = json.loads((checkpoint / PROGRESS).read_bytes())
+        content["held_out"] = [(step, loss) for step, loss in content["held_out"]]
+        return cls(**content)
 
     def to_bytes(self) -> bytes:
         """The progress as JSON; floats come back bit for bit."""
@@ -66,10 +79,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the trained tokens of the whole step
 
-    def __init__(self, *args: Any, progress: Progress, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, trainee: Trainee, *args: Any, params: TrainParams, progress: Progress, held_out: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(trainee.model, *args, **kwargs)
         self.remove_callback(PrinterCallback)
+        self.trainee = trainee
+        self.params = params
         self.progress = progress
+        self.held_out = held_out
+        self.best: bytes | None = None
         self.grad_norm = self.learning_rate = 0.0
         self._loss = torch.zeros(())
         self._seen = self._computed = self._skipped = 0
@@ -93,7 +112,33 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """A batch's share of the step's mean loss for each trained token."""
-        return summed_loss(model, inputs) / max(int(num_items_in_batch), 1)
+        return summed_loss(model, inputs, self.trainee.prompt_tokens) / max(int(num_items_in_batch), 1)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer; with `lora_plus`, B in groups of its own."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if fresh and self.params.lora_plus != 1:
+            faster = {id(p) for key, p in self.trainee.parameters.items() if ".lora_B." in key}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in faster]
+                group["params"] = [p for p in group["params"] if id(p) not in faster]
+                rest = {key: value for key, value in group.items() if key != "params"}
+                optimizer.add_param_group({**rest, "params": own, "lr": group["lr"] * self.params.lora_plus})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def measure_held_out(self) -> float:
+        """Return the mean loss for each trained token of the blocks that are not trained on."""
+        total, tokens = 0.0, 0
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in batches(self.held_out, self.params.batch_size, self.data_collator.keywords["pad_id"]):
+                on_device = moved(batch, self.args.device)
+                total += float(summed_loss(self.model, on_device, self.trainee.prompt_tokens))
+                tokens += int((batch["labels"][:, 1:] != IGNORE).sum())
+        self.model.train()
+        return total / max(1, tokens)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: walking all parameters at each batch costs a tiny model a tenth of its time."""
@@ -130,7 +175,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return norm
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint) / ADAPTER)
+        load_parameters(self.trainee.parameters, Path(resume_from_checkpoint) / ADAPTER)
+        best = Path(resume_from_checkpoint) / BEST
+        self.best = best.read_bytes() if best.exists() else None
 
     def snapshot(self) -> dict[str, bytes]:
         """Everything that the next step depends on, as files that the Trainer finds again when it resumes."""
@@ -148,8 +195,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         }
         if self.accelerator.scaler is not None:
             states["scaler.pt"] = self.accelerator.scaler.state_dict()
+        extra = {} if self.best is None else {BEST: self.best}
+        if self.trainee.start.tensors:
+            extra[START] = adapter_bytes(self.trainee.start.tensors)
         return {
-            ADAPTER: adapter_bytes(self.model),
+            **extra,
+            ADAPTER: adapter_bytes(self.trainee.parameters),
             PROGRESS: self.progress.to_bytes(),
             "trainer_state.json": (json.dumps(dataclasses.asdict(self.state), sort_keys=True) + "\n").encode(),
             **{name: _saved(state) for name, state in states.items()},
@@ -159,15 +210,18 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 class Recorder(TrainerCallback):  # type: ignore[misc]
     """Writes metrics and checkpoints at the end of steps, and stops there when a signal asks for it."""
 
-    def __init__(self, params: TrainParams, checkpoints: Checkpoints, stop: StopRequest, progress: Progress) -> None:
+    def __init__(
+        self, params: TrainParams, checkpoints: Checkpoints, stop: StopRequest, progress: Progress, speed: Speed
+    ) -> None:
         self.params = params
         self.checkpoints = checkpoints
         self.stop = stop
         self.progress = progress
+        self.speed = speed
         self.trainer: AdapterTrainer | None = None
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log, save, stop: in that order, so that a checkpoint holds the metrics of its own step.
+        """Measure, log, save, stop: in that order, so that a checkpoint holds the metrics of its own step.
 
         Raises:
             Preempted: a signal came; a checkpoint of this step was written.
@@ -176,8 +230,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         trainer, step = self.trainer, state.global_step
         assert trainer is not None
         last = step == state.max_steps
-        if step % self.params.logging_every == 0 or last:
-            self._log(trainer, state)
+        measured = trainer.held_out is not None and (step % self.params.validate_every == 0 or last)
+        if measured:
+            self._validate(trainer, step)
+            if self.progress.stopped_early:
+                control.should_training_stop = last = True
+        if step % self.params.logging_every == 0 or last or measured:
+            self._log(trainer, state, measured)
         if step % self.params.checkpoint_every == 0 or last or self.stop.requested:
             self.checkpoints.save(step, trainer.snapshot())
             self.checkpoints.prune(self.params.keep_checkpoints)
@@ -187,19 +246,39 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
                 fix="run the same command again: it goes on from there",
             )
 
-    def _log(self, trainer: AdapterTrainer, state: Any) -> None:
+    def _validate(self, trainer: AdapterTrainer, step: int) -> None:
+        loss = trainer.measure_held_out()
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"at step {step} the held-out loss was {loss}", fix="lower train.learning_rate")
+        self.progress.held_out.append((step, loss))
+        best = self.progress.best_step
+        if best == step and self.params.keep == "best":
+            trainer.best = adapter_bytes(trainer.trainee.parameters)
+        since = sum(each > (best or 0) for each, _ in self.progress.held_out)
+        if self.params.early_stopping is not None and since >= self.params.early_stopping:
+            self.progress.stopped_early = True
+            log.info("stopping at step %d: the held-out loss was lowest at step %d", step, best)
+
+    def _log(self, trainer: AdapterTrainer, state: Any, measured: bool) -> None:
         step = state.global_step
-        since = (step - 1) // self.params.logging_every * self.params.logging_every
         line = {
             "step": step,
             "epoch": state.epoch,
-            "loss": self.progress.mean(since, step),
+            "loss": self.progress.mean(self._logged_before(step), step),
             "grad_norm": trainer.grad_norm,
             "learning_rate": trainer.learning_rate,
         }
+        if measured:
+            line["held_out_loss"] = self.progress.held_out[-1][1]
         with self.checkpoints.metrics.open("ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
-        log.info("step %d of %d: loss %.4f", step, state.max_steps, line["loss"])
+        speed = self.speed.note(self.checkpoints.speed, step, self.progress)
+        log.info("step %d of %d: loss %.4f%s", step, state.max_steps, line["loss"], speed)
+
+    def _logged_before(self, step: int) -> int:
+        """The step of the line before, by the parameters alone, so that it is the same after a resume."""
+        every = [self.params.logging_every, *([self.params.validate_every] if self.params.validation_share else [])]
+        return max((step - 1) // each * each for each in every)
 
 
 def _saved(state: Any) -> bytes:

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from regraft.errors import RegraftError
 from regraft.model.load import device
 from regraft.model.params import ModelParams
 from regraft.train.params import TrainParams
+from regraft.train.speed import Speed, rates
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def explained(params: TrainParams, model: ModelParams) -> Iterator[None]:
 
 
 def measured(
-    new: Mapping[str, int], started: float, begun: float, trained: float, resumed: Path | None
+    new: Mapping[str, int], started: float, begun: float, trained: float, resumed: Path | None, speed: Speed
 ) -> dict[str, Any]:
     """Return how fast this process trained and what it took; never an input of anything.
 
@@ -90,10 +90,7 @@ def measured(
         "training_seconds": round(seconds, 3),
         "steps": new["steps"],
         "resumed_from": resumed.name if resumed else None,
-        "tokens_per_second": round(new["computed"] / seconds, 1),
-        "useful_tokens_per_second": round(new["seen"] / seconds, 1),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if on_gpu else None,
+        **rates(new["computed"], new["seen"], seconds, speed),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
     }

@@ -1,14 +1,24 @@
 """Parameters of training."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from regraft.params import Section
 
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
+
+PRESETS = ("all-linear", "attention", "q+v", "mlp")
+"""Names of groups of layers that `target_modules` may give; `regraft.train.targets` finds their layers in a model."""
+
 
 class TrainParams(Section):
     """How an adapter is trained; LoRA after arXiv:2106.09685, on a quantised base after arXiv:2305.14314."""
+
+    method: Literal["lora", "full", "prompt"] = "lora"
+    """What is trained. `lora`: an adapter, the only one that can be registered. `full`: every weight of the base, and
+    `prompt`: some vectors before each conversation (arXiv:2104.08691); both are yardsticks to compare an adapter with."""
 
     seed: int = Field(default=7, ge=0, lt=2**31)
     """Seeds A's initial values, dropout and the order of the data; 0 to 2^31 - 1."""
@@ -19,14 +29,56 @@ class TrainParams(Section):
     alpha: float = Field(default=32, gt=0, le=8192)
     """Scale: the adapter's output is multiplied by alpha / rank; up to 8192. Twice the rank is a common start."""
 
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732): high ranks then learn as fast as low ones."""
+
+    dora: bool = False
+    """Learn the length of each weight's rows apart from their direction (DoRA, arXiv:2402.09353): nearer to full
+    fine-tuning at low ranks, for about twice the time of a step."""
+
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva"] = "default"
+    """Where A and B begin. `default`: A random, B zero. `gaussian`: A normal. `orthogonal`: both orthonormal halves of a
+    basis, B·A zero. `pissa` (arXiv:2404.02948) and `olora` (arXiv:2406.01775): the base's principal part, on a base of
+    16 or 32 bits; saved as a plain adapter of twice the rank. `loftq` (arXiv:2310.08659): what 4-bit quantisation lost.
+    `eva` (arXiv:2410.07170): directions in which the inputs of the training set vary most."""
+
+    rank_pattern: dict[_Name, Annotated[int, Field(ge=1, le=1024)]] = Field(default_factory=dict)
+    """Other ranks for some layers: the end of a layer's path, or a regular expression for it, to a rank of 1 to 1024."""
+
+    alpha_pattern: dict[_Name, Annotated[float, Field(gt=0, le=8192)]] = Field(default_factory=dict)
+    """Other alphas for some layers, named as in `rank_pattern`; up to 8192."""
+
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that is dropped while training; 0 to below 1. Helps small data sets, costs time."""
 
-    target_modules: Literal["all-linear"] | list[Annotated[str, Field(min_length=1)]] = "all-linear"
-    """Which linear layers get an adapter: all but the output layer, or a list of last names such as `q_proj`."""
+    target_modules: _Name | Annotated[list[_Name], Field(min_length=1)] = "all-linear"
+    """Which linear layers get an adapter: `all-linear` (all but the output layer), `attention`, `q+v`, `mlp`, a list of
+    last names such as `q_proj`, or a regular expression for a layer's whole path. The report lists what was matched."""
+
+    modules_to_save: list[_Name] = Field(default_factory=list)
+    """Modules that are trained whole and saved beside the adapter, by last name, such as `lm_head` or `norm`. A tied
+    embedding is trained and saved once."""
+
+    trainable_tokens: list[_Name] = Field(default_factory=list)
+    """Tokens of the tokenizer whose embeddings are trained too, such as reserved ones that this data gives a meaning;
+    the other embeddings stay frozen. Where input and output embeddings are tied, both change."""
+
+    parent: str | None = Field(default=None, min_length=1)
+    """Folder of an adapter to go on from, such as the champion's; null starts afresh. `regraft parent` fetches the
+    champion's and writes this. It must be of the same rank and layers; not with an `init` other than `default`."""
+
+    parent_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """Digest of the parent, 64 hexadecimal digits: a folder's content can change, the adapter that was meant cannot."""
+
+    prompt_tokens: int = Field(default=16, ge=1, le=1024)
+    """Vectors that `method: prompt` puts before each conversation; 1 to 1024."""
 
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     """Peak learning rate; up to 1. About ten times what full fine-tuning of the same model would use."""
+
+    lora_plus: float = Field(default=1.0, ge=1, le=256)
+    """B's learning rate as a multiple of A's (LoRA+, arXiv:2402.12354); 1 to 256. 16 is its authors' advice, with a
+    lower `learning_rate`; 1 is plain LoRA."""
 
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """How the rate falls after the warm-up."""
@@ -55,13 +107,40 @@ class TrainParams(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm, over all parameters together, where they exceed it."""
 
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = (
-        "adamw_torch"
-    )
-    """The 8-bit ones quarter the optimizer's state, the paged ones move it to the CPU when a GPU is full."""
+    optimizer: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_32bit",
+        "paged_adamw_8bit",
+        "lion_8bit",
+        "paged_lion_8bit",
+    ] = "adamw_torch"
+    """The 8-bit ones quarter the optimizer's state, the paged ones move it to the CPU when a GPU is full; Lion keeps one
+    moment instead of two and wants a third to a tenth of AdamW's rate (arXiv:2302.06675)."""
 
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: a third more time for a fraction of the memory."""
+
+    kernels: Literal["plain", "fused"] = "plain"
+    """`plain`: PEFT's and transformers' own operations. `fused`: fewer and larger ones where model and machine allow
+    (see `regraft.train.kernels`): the same sums in another order, so other bytes."""
+
+    compile: bool = False
+    """Compile the model with torch.compile: a minute or more at the start, then faster steps. Needs a C++ compiler."""
+
+    validation_share: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the blocks that is not trained on, to measure a held-out loss while training; 0 to 0.5. They are taken
+    from the training side: the holdout stays unseen."""
+
+    validate_every: int = Field(default=50, ge=1)
+    """Steps between measurements of the held-out loss, at least 1; the last step always gets one."""
+
+    keep: Literal["last", "best"] = "last"
+    """Which step's adapter is the result: the last one's, or that of the lowest held-out loss."""
+
+    early_stopping: int | None = Field(default=None, ge=1)
+    """Stop after so many measurements of the held-out loss in a row without a new lowest one; null never does."""
 
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints, at least 1: what a kill can cost. The last step always gets one."""
@@ -79,7 +158,57 @@ class TrainParams(Section):
     """What the adapter is saved in; it is always trained in fp32, since bf16 loses small updates."""
 
     @model_validator(mode="after")
-    def _check_length(self) -> "TrainParams":
+    def _check(self) -> "TrainParams":
+        problems = []
         if (self.epochs is None) == (self.max_steps is None):
-            raise ValueError("exactly one of `epochs` and `max_steps`")
+            problems.append("exactly one of `epochs` and `max_steps`")
+        if self.validation_share == 0 and (self.keep == "best" or self.early_stopping is not None):
+            problems.append(
+                "a `validation_share` above 0 for `keep: best` or `early_stopping`: they need a held-out loss"
+            )
+        if (self.parent is None) != (self.parent_digest is None):
+            problems.append("both `parent` and `parent_digest`, or neither")
+        if self.parent is not None and self.init != "default":
+            problems.append(f"`init: default` with a `parent`: it gives A and B, and so would `{self.init}`")
+        if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
+            problems.append("even ranks for `init: orthogonal`")
+        if self.dora and self.init in ("pissa", "olora", "loftq"):
+            problems.append(f"`dora: false` with `init: {self.init}`: its first norm would be of another base")
+        if self.method != "lora":
+            problems += [f"`method: lora` for `{name}`" for name in _LORA_ONLY if getattr(self, name) != _default(name)]
+        problems += _patterns(self)
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+
+_LORA_ONLY = (
+    "dora",
+    "rslora",
+    "init",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_tokens",
+    "lora_plus",
+    "parent",
+)
+
+
+def _default(name: str) -> object:
+    return TrainParams.model_fields[name].get_default(call_default_factory=True)
+
+
+def _patterns(params: TrainParams) -> list[str]:
+    """Say which regular expressions are none."""
+    named = [("rank_pattern", key) for key in params.rank_pattern]
+    named += [("alpha_pattern", key) for key in params.alpha_pattern]
+    if isinstance(params.target_modules, str) and params.target_modules not in PRESETS:
+        named.append(("target_modules", params.target_modules))
+    problems = []
+    for field, pattern in named:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"a regular expression in `{field}`, {pattern!r} is none ({error})")
+    return problems

@@ -1,6 +1,6 @@
 """What training measured; the training gate decides from it."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from regraft.report import Report
 
@@ -32,9 +32,13 @@ class TrainReport(Report):
     adapter_digest: str
     """Digest of {file: sha256} of the adapter's folder."""
     seed: int
+    method: str = "lora"
+    """`lora`, or a yardstick that no gate lets through: `full`, `prompt`."""
+    parent: str | None = None
+    """Digest of the adapter that it went on from."""
 
     planned_steps: int
-    """Optimizer steps that epochs or `max_steps` ask for."""
+    """Optimizer steps that epochs or `max_steps` ask for; those done where early stopping ended the run."""
     steps: int
     """Optimizer steps done; less than planned would mean a broken run."""
     blocks: int
@@ -58,11 +62,23 @@ class TrainReport(Report):
     """Adapter tensors that hold a value that is not finite."""
     grad_norm_largest: float
     """Largest gradient norm before clipping."""
+    held_out: list[tuple[int, float]] = Field(default_factory=list)
+    """Step and held-out loss of each measurement; empty without a `validation_share`."""
+    kept_step: int | None = None
+    """The step whose adapter this is; null is the last one."""
+    stopped_early: bool = False
+    """The held-out loss had not fallen for as long as `early_stopping` allows."""
 
     adapted_modules: list[AdaptedModule]
     """Every layer that carries an adapter, by name."""
     expected_modules: list[str]
     """Every layer that `target_modules` asks for, found by walking the base, not by asking PEFT."""
+    bare_weights: list[str] = Field(default_factory=list)
+    """Matrices of the base that are in no linear layer, such as fused experts: not quantised, not adapted."""
+    unquantized_modules: list[str] = Field(default_factory=list)
+    """Linear layers that are held as floats on a quantised base: the output layer and `skip_modules`."""
+    trained_whole: list[str] = Field(default_factory=list)
+    """Tensors beside A and B: modules saved whole, trained tokens, DoRA's magnitudes."""
     missing_modules: list[str]
     """Expected layers that carry no adapter."""
     zero_b: list[str]

@@ -13,22 +13,24 @@ from typing import TYPE_CHECKING, Any
 from regraft.artifacts import commit_dir, digest_file, digest_json, write_json
 from regraft.errors import ParamsError, Preempted, RegraftError
 from regraft.failpoints import failpoint
-from regraft.model.adapter import adapter_parameters, attach, linear_modules, load_weights, matches, save_adapter
-from regraft.model.load import Base, compute_dtype, device, load_model, load_tokenizer, open_base, quiet_libraries
+from regraft.model.adapter import load_parameters
+from regraft.model.load import Base, compute_dtype, device, load_tokenizer, open_base
 from regraft.model.params import ModelParams
+from regraft.train.adapt import Trainee, make_trainee
 from regraft.train.checkpoint import Checkpoints
-from regraft.train.data import Blocks, collate, open_blocks
+from regraft.train.data import Blocks, collate, open_blocks, split
 from regraft.train.machine import explained, measured, reproducible
 from regraft.train.params import TrainParams
 from regraft.train.report import AdaptedModule, TrainReport
+from regraft.train.speed import Speed, flops_per_token
 from regraft.train.stop import StopRequest
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
     from regraft.train.loop import Progress
 
 log = logging.getLogger("regraft.train")
+FOLDERS = {"lora": "adapter", "full": "model", "prompt": "prompt"}
+"""Where in the stage's output a method's weights lie."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -42,14 +44,14 @@ def train(
     checkpoints: Path,
     measurements: Path | None = None,
 ) -> TrainReport:
-    """Train a LoRA adapter on the frozen base, going on from the newest whole checkpoint of the same inputs.
+    """Train an adapter (or a yardstick) on the base, going on from the newest whole checkpoint of the same inputs.
 
     Args:
         params: how to train.
         model: only `quantization` and `attention` matter; the base is the pinned one.
         base: output of the stage `model`.
         dataset: output of the stage `preprocess`.
-        out: gets `adapter/`, `metrics.jsonl` and `report.json`.
+        out: gets `adapter/` (`model/` or `prompt/` for a yardstick), `metrics.jsonl` and `report.json`.
         checkpoints: the folder of all checkpoints; see `regraft.train.checkpoint`.
         measurements: gets times, speed and memory, as JSON.
 
@@ -71,21 +73,25 @@ def train(
         with store.opened():
             resumed = store.newest()
             store.rewind_metrics(resumed)
-            peft_model, expected = _adapted(params, model, opened)
+            trainee = make_trainee(params, model, opened, blocks, resumed)
+            count = sum(parameter.numel() for parameter in trainee.parameters.values())
+            speed = Speed(flops_per_token(trainee.model, count, full=params.method == "full"))
             begun = time.monotonic()
-            progress, new = _train(params, model, opened, blocks, store, resumed, peft_model, stop)
+            progress, new = _train(params, model, opened, blocks, store, resumed, trainee, stop, speed)
             trained = time.monotonic()
             failpoint("train.finish")
             with commit_dir(out) as folder:
-                digest = save_adapter(peft_model, folder / "adapter", base_name=opened.name, dtype=params.adapter_dtype)
+                digest = trainee.save(
+                    folder / FOLDERS[params.method], base_name=opened.name, dtype=params.adapter_dtype
+                )
                 (folder / "metrics.jsonl").write_bytes(store.metrics.read_bytes())
-                report = _report(params, model, opened, blocks, progress, peft_model, expected, digest)
+                report = _report(params, model, opened, blocks, progress, trainee, digest)
                 report.save(folder / "report.json")
             failpoint("train.saved")
             store.prune(params.keep_checkpoints)
             store.finish()
         if measurements is not None:
-            write_json(measurements, measured(new, started, begun, trained, resumed))
+            write_json(measurements, measured(new, started, begun, trained, resumed, speed))
     return report
 
 
@@ -97,58 +103,6 @@ def planned_steps(params: TrainParams, blocks: int) -> int:
     return math.ceil(params.epochs * math.ceil(math.ceil(blocks / params.batch_size) / params.accumulation))
 
 
-def expected_modules(model: Any, targets: str | list[str]) -> list[str]:
-    """Name every layer that is to carry an adapter, by walking the base model.
-
-    Raises:
-        ParamsError: a target names no linear layer.
-    """
-    layers = list(linear_modules(model))
-    if isinstance(targets, list):
-        unknown = [target for target in targets if not any(matches(name, [target]) for name in layers)]
-        if unknown:
-            known = sorted({name.rpartition(".")[2] for name in layers})
-            raise ParamsError(
-                f"train.target_modules: {', '.join(unknown)} names no linear layer; this base has {', '.join(known)}",
-                fix="edit params.yaml",
-            )
-        return sorted(name for name in layers if matches(name, targets))
-    output = model.get_output_embeddings()
-    return sorted(name for name in layers if model.get_submodule(name) is not output)
-
-
-def _adapted(params: TrainParams, model: ModelParams, base: Base) -> tuple["PeftModel", list[str]]:
-    """Load the base, freeze it, and put a fresh adapter in fp32 on it."""
-    quiet_libraries()
-    import torch
-    from peft import LoraConfig, prepare_model_for_kbit_training
-    from transformers import set_seed
-
-    loaded = load_model(base, model.quantization, training=True, attention=model.attention)
-    if model.quantization.bits < 16:
-        # Checkpointing of activations is the Trainer's. A 16-bit base would be copied to fp32 here: it stays as it is.
-        loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
-    expected = expected_modules(loaded, params.target_modules)
-    last_names = sorted({name.rpartition(".")[2] for name in expected})
-    selected = [name for name in linear_modules(loaded) if matches(name, last_names)]
-    set_seed(params.seed)
-    peft_model = attach(
-        loaded,
-        LoraConfig(
-            r=params.rank,
-            lora_alpha=params.alpha,
-            lora_dropout=params.dropout,
-            target_modules=last_names if sorted(selected) == expected else expected,
-            task_type="CAUSAL_LM",
-        ),
-    )
-    trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    assert {id(p) for p in trainable} == {id(p) for p in adapter_parameters(peft_model).values()}
-    for parameter in trainable:
-        parameter.data = parameter.data.to(torch.float32)
-    return peft_model, expected
-
-
 def _train(
     params: TrainParams,
     model: ModelParams,
@@ -156,43 +110,58 @@ def _train(
     blocks: Blocks,
     store: Checkpoints,
     resumed: Path | None,
-    peft_model: "PeftModel",
+    trainee: Trainee,
     stop: StopRequest,
+    speed: Speed,
 ) -> tuple["Progress", dict[str, int]]:
     """Run the steps that are left and return the progress, with what this process did of it."""
-    from regraft.train.loop import ADAPTER, AdapterTrainer, Progress, Recorder
+    from regraft.train.loop import ADAPTER, BEST, AdapterTrainer, Progress, Recorder
 
-    steps = planned_steps(params, len(blocks.rows))
+    rows, held_out = split(blocks.rows, params.validation_share)
+    _check_blocks(params, rows)
+    steps = planned_steps(params, len(rows))
     progress = Progress() if resumed is None else Progress.load(resumed)
     before = {"steps": len(progress.losses), "seen": progress.seen, "computed": progress.computed}
     if resumed is not None:
         log.info("going on from %s", resumed)
-    if resumed is not None and len(progress.losses) >= steps:
-        load_weights(peft_model, resumed / ADAPTER)
+    if resumed is not None and (len(progress.losses) >= steps or progress.stopped_early):
+        load_parameters(trainee.parameters, resumed / (BEST if params.keep == "best" else ADAPTER))
     else:
         tokenizer = load_tokenizer(base)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-        recorder = Recorder(params, store, stop, progress)
+        recorder = Recorder(params, store, stop, progress, speed)
         with tempfile.TemporaryDirectory(prefix="regraft-trainer-") as scratch:
             trainer = AdapterTrainer(
-                peft_model,
+                trainee,
                 _arguments(params, model, Path(scratch)),
                 partial(collate, pad_id=pad_id),
-                blocks.rows,
+                rows,
+                params=params,
                 callbacks=[recorder],
                 progress=progress,
+                held_out=held_out,
             )
             recorder.trainer = trainer
             if stop.requested:
                 raise Preempted(f"stopped by {stop.requested} before the first step", fix="run the same command again")
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        if trainer.state.global_step != steps:
+        if trainer.state.global_step != steps and not progress.stopped_early:
             raise RegraftError(f"training ended after {trainer.state.global_step} of {steps} steps")
+        if trainer.best is not None:
+            load_parameters(trainee.parameters, trainer.best)
     return progress, {
         "steps": len(progress.losses) - before["steps"],
         "seen": progress.seen - before["seen"],
         "computed": progress.computed - before["computed"],
     }
+
+
+def _check_blocks(params: TrainParams, rows: Any) -> None:
+    if params.method == "prompt" and any(row["position_ids"].count(0) > 1 for row in rows):
+        raise ParamsError(
+            "train.method: found prompt with packed blocks, expected one conversation in each: its vectors go before it",
+            fix="set preprocess.packing to false",
+        )
 
 
 def _arguments(params: TrainParams, model: ModelParams, scratch: Path) -> Any:
@@ -212,6 +181,7 @@ def _arguments(params: TrainParams, model: ModelParams, scratch: Path) -> Any:
         per_device_train_batch_size=params.batch_size,
         gradient_accumulation_steps=params.accumulation,
         weight_decay=params.weight_decay,
+        torch_compile=params.compile,
         adam_beta2=params.beta2,
         max_grad_norm=params.max_grad_norm,
         optim=params.optimizer,
@@ -270,13 +240,13 @@ def _report(
     base: Base,
     blocks: Blocks,
     progress: "Progress",
-    peft_model: "PeftModel",
-    expected: list[str],
+    trainee: Trainee,
     digest: str,
 ) -> TrainReport:
-    parameters = adapter_parameters(peft_model)
+    parameters = trainee.parameters
     norms = {key: float(parameter.detach().norm()) for key, parameter in parameters.items()}
     broken = [key for key, parameter in parameters.items() if not bool(parameter.isfinite().all())]
+    expected = trainee.expected
     modules = [
         AdaptedModule(
             name=key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"),
@@ -287,6 +257,7 @@ def _report(
         for key, parameter in parameters.items()
         if key.endswith(".lora_A.weight")
     ]
+    rows, _ = split(blocks.rows, params.validation_share)
     steps = len(progress.losses)
     tenth = max(1, steps // 10)
     first, last = progress.mean(0, tenth), progress.mean(steps - tenth, steps)
@@ -298,9 +269,11 @@ def _report(
         params_digest=digest_json(_sections(params, model)),
         adapter_digest=digest,
         seed=params.seed,
-        planned_steps=planned_steps(params, len(blocks.rows)),
+        method=params.method,
+        parent=params.parent_digest,
+        planned_steps=steps if progress.stopped_early else planned_steps(params, len(rows)),
         steps=steps,
-        blocks=len(blocks.rows),
+        blocks=len(rows),
         tokens_seen=progress.seen,
         tokens_trained=sum(progress.trained),
         loss_first=first,
@@ -310,8 +283,14 @@ def _report(
         non_finite_steps=[step for step, loss in enumerate(progress.losses, 1) if not math.isfinite(loss)],
         non_finite_parameters=broken,
         grad_norm_largest=progress.grad_norm_largest,
+        held_out=progress.held_out,
+        kept_step=progress.best_step if params.keep == "best" else None,
+        stopped_early=progress.stopped_early,
         adapted_modules=modules,
         expected_modules=expected,
+        bare_weights=trainee.bare,
+        unquantized_modules=trainee.unquantized,
+        trained_whole=[key for key in parameters if ".lora_A." not in key and ".lora_B." not in key],
         missing_modules=sorted(set(expected) - {module.name for module in modules}),
         zero_b=[module.name for module in modules if module.b_norm == 0],
         trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),

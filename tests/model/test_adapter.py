@@ -190,9 +190,13 @@ def test_a_missing_file_is_named(adapter: Path, name: str) -> None:
         {"megatron_core": "antigravity"},
         {"peft_type": "PROMPT_TUNING"},
         {"modules_to_save": ["lm_head"]},
-        {"use_dora": True},
+        {"use_dora": "yes"},
         {"layer_replication": [[0, 1]]},
-        {"rank_pattern": {"q_proj": 4}},
+        {"rank_pattern": {"(a+)+$": 4}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"alpha_pattern": {"q_proj": "9"}},
+        {"trainable_token_indices": [-1]},
+        {"modules_to_save": ["../lm_head"]},
         {"target_modules": "(a+)+$"},
         {"target_modules": []},
         {"base_model_name_or_path": "/etc/model"},
@@ -247,7 +251,14 @@ def test_a_header_longer_than_its_file_or_the_limit_is_not_read(adapter: Path, l
     [
         (lambda t: t.pop(f"{LAYER}.lora_A.weight"), "q_proj has no A"),
         (lambda t: t.pop(f"{LAYER}.lora_B.weight"), "q_proj has no B"),
-        (lambda t: t.update({"lm_head.weight": t[f"{LAYER}.lora_A.weight"]}), r"lm_head\.weight is not an A or B"),
+        (
+            lambda t: t.update({"lm_head.weight": t[f"{LAYER}.lora_A.weight"]}),
+            r"lm_head\.weight is not a tensor of an adapter",
+        ),
+        (
+            lambda t: t.update({"base_model.model.lm_head.weight": t[f"{LAYER}.lora_A.weight"]}),
+            r"lm_head\.weight is not an A or B",
+        ),
         (lambda t: t.update({f"{LAYER}.lora_A.weight": t[f"{LAYER}.lora_A.weight"][:1]}), "rank 1 and 2"),
         (lambda t: t.update({f"{LAYER}.lora_A.weight": t[f"{LAYER}.lora_A.weight"].astype("f8")}), "is F64"),
         (lambda t: t[f"{LAYER}.lora_A.weight"].fill(float("nan")), "not finite"),
@@ -300,3 +311,22 @@ def test_an_adapter_for_another_model_is_refused_before_the_model_is_touched(
     with pytest.raises(DamagedArtifact, match=said):
         load_adapter(model, adapter)
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_dora": True}, "q_proj has no magnitude"),
+        ({"rank_pattern": {"q_proj": 4}}, "q_proj has rank 2 and 2, the configuration 4"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head of modules_to_save is missing"),
+        ({"trainable_token_indices": [3]}, "embeddings of trainable_token_indices are missing"),
+    ],
+)
+def test_a_configuration_that_asks_for_tensors_that_are_not_there_is_refused(
+    adapter: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    with pytest.raises(DamagedArtifact, match=said):
+        check_adapter(adapter)

@@ -183,10 +183,10 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_checkpoi
 
     calls = 0
 
-    def poisoned(model: Any, batch: Any) -> Any:
+    def poisoned(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        loss = loop_loss(model, batch)
+        loss = loop_loss(*arguments)
         return loss * float("nan") if calls == 6 else loss  # the last batch of the third step: 2, 1, 2, 1, ...
 
     loop_loss = loop.summed_loss
@@ -205,8 +205,8 @@ def test_a_gradient_that_is_not_finite_stops_though_the_loss_is_fine(
 
     real = loop.summed_loss
 
-    def infinite_gradient(model: Any, batch: Any) -> Any:
-        loss = real(model, batch)
+    def infinite_gradient(*arguments: Any) -> Any:
+        loss = real(*arguments)
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
@@ -221,7 +221,7 @@ def test_memory_running_out_names_the_settings_to_change(
 ) -> None:
     import regraft.train.loop as loop
 
-    def exhausted(model: Any, batch: Any) -> Any:
+    def exhausted(*arguments: Any) -> Any:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(loop, "summed_loss", exhausted)
