@@ -7,7 +7,8 @@ from typing import Any
 
 from regraft.artifacts import pretty_json, read_json
 from regraft.errors import DamagedArtifact
-from regraft.export.plan import INPUTS, Plan, last_name, read_config
+from regraft.export.base import INPUTS, last_name, read_config
+from regraft.export.plan import Plan
 from regraft.model.pin import TOKENIZER_FILES
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

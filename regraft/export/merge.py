@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.artifacts import digest_bytes, digest_file, digest_json, pretty_json, read_json, write_json
 from regraft.errors import DamagedArtifact, RegraftError
-from regraft.export.plan import Plan, Step, Term, plan_merge, read_config
+from regraft.export.base import read_config
+from regraft.export.plan import Plan, Step, Term, plan_merge
 from regraft.export.survival import Survival
 from regraft.export.tensors import INDEX, RING, Reader, Writer, aligned, grid, torch_dtype
 from regraft.failpoints import failpoint

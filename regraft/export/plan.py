@@ -4,32 +4,22 @@ Everything comes from headers and configs. A key that matches nothing is an erro
 looks like a good one.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
-from regraft.artifacts import read_json
 from regraft.errors import DamagedArtifact, ParamsError
+from regraft.export.base import INPUTS, OUTPUTS, BaseModelFiles, last_name
 from regraft.export.lora import Adapter, Pair, read_adapter
-from regraft.export.tensors import FLOATS, Planned, catalogue
+from regraft.export.tensors import FLOATS, Planned
 from regraft.model.header import Tensor
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-CONV1D = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-"""Model types whose linear layers are stored `in x out` (transformers' Conv1D)."""
-INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")
-"""Last names of input embeddings."""
-OUTPUTS = ("lm_head", "embed_out", "output_projection")
-"""Last names of output layers, which tied models share with the input embedding."""
 _IN_BY_OUT_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "dbrx")
 """Model types whose fused experts are stored `experts x in x out`; asked only where both sides are equal."""
 _EXPERTS = {"gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")), "down_proj": (("w2",), ("down_proj",))}
 """Fused parameters that transformers makes of one tensor for each expert, and what those are called in the files."""
-_RENAMED = ((".mlp.", ".block_sparse_moe."),)
-"""Modules that transformers calls otherwise than the files do."""
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # the order in which PEFT nests several of one module
 
 
@@ -105,39 +95,6 @@ class _Draft:
     problems: set[str] = field(default_factory=set)
 
 
-class _Base:
-    """Names and shapes of a base's tensors, and how an adapter's names find them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.config = read_config(folder)
-        self.tensors = catalogue(folder)
-        self.model_type = str(self.config.get("model_type"))
-        self.conv1d = self.model_type in CONV1D
-        text = self.config.get("text_config")
-        inner = text if isinstance(text, dict) else {}
-        tied = self.config.get("tie_word_embeddings", inner.get("tie_word_embeddings", True))
-        stored = any(last_name(name) in OUTPUTS for name in self.tensors)
-        self.tied = tied is not False and not (stored and "tie_word_embeddings" not in {**self.config, **inner})
-
-    def find(self, wanted: str) -> list[str]:
-        """Return the tensors that a name can mean; an output layer that is not stored stands under its own name."""
-        names = [wanted] if wanted in self.tensors else self._by_end(wanted)
-        for mine, theirs in _RENAMED:
-            names = names or self._by_end(wanted.replace(mine, theirs))
-        if not names and self.tied and last_name(wanted) in OUTPUTS:
-            return [wanted]
-        return names
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        return self.tensors[name][1].shape if name in self.tensors else None
-
-    def _by_end(self, wanted: str) -> list[str]:
-        """Names that differ from `wanted` only by leading components (`transformer.h.0...` is stored as `h.0...`)."""
-        if wanted in self.tensors:
-            return [wanted]
-        return [name for name in self.tensors if wanted.endswith(f".{name}") or name.endswith(f".{wanted}")]
-
-
 def plan_merge(
     base: Path, adapter: Path, dtype: str, *, more: Sequence[tuple[Path, float]] = (), weight: float = 1.0
 ) -> Plan:
@@ -154,7 +111,10 @@ def plan_merge(
         DamagedArtifact: a key matches nothing, shapes disagree, or a file is not what it should be.
         ParamsError: the base is quantised, or an adapter needs what the merge does not do.
     """
-    model, adapters = _Base(base), tuple(read_adapter(folder) for folder in (adapter, *(each for each, _ in more)))
+    model, adapters = (
+        BaseModelFiles(base),
+        tuple(read_adapter(folder) for folder in (adapter, *(each for each, _ in more))),
+    )
     _check_base(base, model)
     weights = (weight, *(each for _, each in more))
     _check_weights(adapters, weights)
@@ -179,20 +139,7 @@ def plan_merge(
     return Plan(base, adapters, tuple(steps), untied, model.conv1d, next(iter(grown - before), None))
 
 
-def read_config(base: Path) -> dict[str, Any]:
-    """Read a model's `config.json`.
-
-    Raises:
-        MissingInput: it is not there.
-        DamagedArtifact: it is not a mapping.
-    """
-    config = read_json(base / "config.json")
-    if not isinstance(config, dict):
-        raise DamagedArtifact(f"{base / 'config.json'} is not a mapping")
-    return config
-
-
-def _check_base(base: Path, model: _Base) -> None:
+def _check_base(base: Path, model: BaseModelFiles) -> None:
     if "quantization_config" in model.config:
         raise ParamsError(
             f"{base} holds quantised weights; a merge needs the 16-bit original", fix="give the folder of the original"
@@ -214,7 +161,7 @@ def _check_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> Non
         )
 
 
-def _match(model: _Base, lora: Adapter, number: int, weight: float, draft: _Draft) -> None:
+def _match(model: BaseModelFiles, lora: Adapter, number: int, weight: float, draft: _Draft) -> None:
     bare: dict[str, list[Pair]] = {}
     for pair in lora.pairs:
         names = [] if pair.depth else model.find(f"{pair.module}.weight")
@@ -247,7 +194,7 @@ def _match(model: _Base, lora: Adapter, number: int, weight: float, draft: _Draf
 
 
 def _match_module(
-    model: _Base, lora: Adapter, number: int, weight: float, pair: Pair, name: str, draft: _Draft
+    model: BaseModelFiles, lora: Adapter, number: int, weight: float, pair: Pair, name: str, draft: _Draft
 ) -> None:
     rank, scaling = lora.rank_and_scaling(pair.module)
     by_itself = lora.is_bare(f"{pair.module}.weight")
@@ -281,7 +228,7 @@ def _match_module(
         draft.biases.setdefault(biases[0], []).append((number, pair.bias, scaling * weight))
 
 
-def _bare_parameters(model: _Base, lora: Adapter, module: str) -> list[str]:
+def _bare_parameters(model: BaseModelFiles, lora: Adapter, module: str) -> list[str]:
     """Names of a module's parameters that an adapter targets and the base has, in PEFT's order of nesting."""
     lasts = {each.rpartition(".")[2] for each in lora.config.get("target_parameters") or []}
     wanted = [last for last in (*_PARAMETERS, *sorted(lasts - {*_PARAMETERS})) if last in lasts]
@@ -290,7 +237,7 @@ def _bare_parameters(model: _Base, lora: Adapter, module: str) -> list[str]:
 
 
 def _match_bare(
-    model: _Base, lora: Adapter, number: int, weight: float, module: str, pairs: list[Pair], draft: _Draft
+    model: BaseModelFiles, lora: Adapter, number: int, weight: float, module: str, pairs: list[Pair], draft: _Draft
 ) -> None:
     """Match factors of bare parameters: their names say the module only, their shapes which parameter they belong to."""
     inner_first = sorted(pairs, key=lambda pair: -pair.depth)
@@ -308,7 +255,7 @@ def _match_bare(
 
 
 def _bare_terms(
-    model: _Base, lora: Adapter, number: int, weight: float, pair: Pair, parameter: str
+    model: BaseModelFiles, lora: Adapter, number: int, weight: float, pair: Pair, parameter: str
 ) -> list[tuple[str, Term]]:
     """Return the tensors that one bare parameter is stored as, each with its change; none where it does not fit."""
     rank, scaling = lora.rank_and_scaling(parameter)
@@ -337,7 +284,7 @@ def _bare_terms(
     ]
 
 
-def _per_expert(model: _Base, module: str, last: str) -> list[list[str]]:
+def _per_expert(model: BaseModelFiles, module: str, last: str) -> list[list[str]]:
     """Return the tensors of each expert that transformers fuses into one parameter; nothing where it fuses none."""
     for parts in _EXPERTS.get(last, ()):
         groups: list[list[str]] = []
@@ -375,7 +322,7 @@ def _resized(step: Step, adapters: Sequence[Adapter], problems: set[str]) -> Ste
     return replace(step, target=replace(step.target, shape=shape))
 
 
-def _untie(adapters: Sequence[Adapter], model: _Base, draft: _Draft) -> tuple[list[str], bool]:
+def _untie(adapters: Sequence[Adapter], model: BaseModelFiles, draft: _Draft) -> tuple[list[str], bool]:
     """Part a tied pair where the adapter changes its ends differently: return output layers to add, and whether to."""
     touched = {*draft.terms, *draft.copies}
     outputs = sorted({name for name in (*model.tensors, *touched) if last_name(name) in OUTPUTS})
@@ -411,8 +358,3 @@ def _same(adapters: Sequence[Adapter], one: tuple[int, str], other: tuple[int, s
                 return False
             left -= count
     return True
-
-
-def last_name(name: str) -> str:
-    """The last name of the module that a weight belongs to."""
-    return re.sub(r"\.weight\Z", "", name).rpartition(".")[2]

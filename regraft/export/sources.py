@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from regraft.export.base import INPUTS, OUTPUTS
 from regraft.export.merge import Weights
-from regraft.export.plan import INPUTS, OUTPUTS, Plan
+from regraft.export.plan import Plan
 from regraft.export.tensors import BLOCK, FLOATS, Reader
 from regraft.model.params import Quantization
 
