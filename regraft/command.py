@@ -37,7 +37,7 @@ def clone(root: Path) -> Layout:
             fix="run the command in a clone, or name one with --root",
         )
     os.chdir(root)
-    _listen()
+    listen()
     return Layout()
 
 
@@ -59,7 +59,7 @@ def progress(line: str) -> None:
     sys.stderr.flush()
 
 
-def _listen() -> None:
+def listen() -> None:
     """Show what the library logs on stderr, as plain lines."""
     log = logging.getLogger("regraft")
     if not log.handlers:

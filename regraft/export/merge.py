@@ -2,187 +2,303 @@
 
 The sum is made in float32 and rounded once. Memory is bounded by a few blocks (`regraft.export.tensors.BLOCK`) and one
 module's factors, whatever the model's size; nothing is mapped into memory. On a 16-bit base the tensors are
-bit-identical to those of PEFT's `merge_and_unload`; where PEFT's merge is wrong (tied embeddings) they are not.
+bit-identical to those of PEFT's `merge_and_unload`, but where PEFT rounds twice (embeddings, bare parameters: there
+`rounding="peft"` does the same) or is wrong (tied embeddings).
 """
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from regraft.artifacts import pretty_json, read_json
-from regraft.errors import DamagedArtifact, ParamsError
-from regraft.export.lora import Adapter, Delta, read_adapter
-from regraft.export.tensors import (
-    FLOATS,
-    INDEX,
-    Planned,
-    Reader,
-    Writer,
-    aligned,
-    catalogue,
-    shape_of_rows,
-    torch_dtype,
-)
+from regraft.artifacts import digest_bytes, digest_file, digest_json, pretty_json, read_json, write_json
+from regraft.errors import DamagedArtifact, RegraftError
+from regraft.export.base import read_config
+from regraft.export.plan import Plan, Step, Term, plan_merge
+from regraft.export.survival import Survival
+from regraft.export.tensors import INDEX, RING, Reader, Writer, aligned, grid, torch_dtype
 from regraft.failpoints import failpoint
-from regraft.model.header import Tensor
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["Plan", "Rounding", "Weights", "merge", "plan_merge", "read_config"]
 log = logging.getLogger("regraft")
 
 Weights = Callable[[Reader, str], "Iterator[tuple[int, torch.Tensor]]"]
 """Where a base tensor's values come from: yields `(first row, rows x width)` in order, see `Reader.blocks`."""
-
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-CONV1D = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-"""Model types whose linear layers are stored `in x out` (transformers' Conv1D)."""
-INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")
-"""Last names of input embeddings."""
-OUTPUTS = ("lm_head", "embed_out", "output_projection")
-"""Last names of output layers, which tied models share with the input embedding."""
+Rounding = Literal["nearest", "stochastic", "peft"]
+_SHARDS = "shards.json"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One tensor of the result: read `source` of the base, add `delta`, write as `target`."""
-
-    target: Planned
-    file: str
-    source: str
-    delta: Delta | None = None
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A merge that was checked before anything is written."""
-
-    base: Path
-    adapter: Adapter
-    steps: tuple[Step, ...]
-    untied: bool
-    """The result's output layer is its own, where the base shared one with its input embedding."""
-    conv1d: bool
-    """Linear layers are stored `in x out`."""
-
-
-def plan_merge(base: Path, adapter: Path, dtype: str) -> Plan:
-    """Match every factor with a tensor of the base, from headers alone.
+def merge(
+    plan: Plan,
+    out: Path,
+    *,
+    weights: Weights = Reader.blocks,
+    rounding: Rounding = "nearest",
+    partial: Path | None = None,
+    key: str = "",
+    survival: Survival | None = None,
+) -> dict[str, str]:
+    """Write the merged tensors into the empty folder `out`, in the base's own sharding, with an index if it had one.
 
     Args:
-        base: folder with weights in safetensors (sharded or not) and `config.json`.
-        adapter: folder of a PEFT LoRA adapter.
-        dtype: `bf16`, `fp16`, `fp32`, or `own` for each tensor's type in the base.
+        plan: what to do.
+        out: an empty folder.
+        weights: where the base's values come from.
+        rounding: `nearest` rounds the sum once; `stochastic` rounds up or down by chance, in proportion (bf16 only, the
+            same each time); `peft` rounds where PEFT does, twice for embeddings and bare parameters.
+        partial: a folder on the same disk that keeps finished shards, so that a killed merge goes on; the caller
+            removes it in the end.
+        key: digest of everything that the result depends on; a partial merge of another key is thrown away.
+        survival: measures the change of each module on the way.
 
-    Raises:
-        DamagedArtifact: a key matches nothing, shapes disagree, or a file is not what it should be.
-        ParamsError: the base is quantised, or the adapter needs what the merge does not do.
-    """
-    lora, config, tensors = read_adapter(adapter), read_config(base), catalogue(base)
-    if "quantization_config" in config:
-        raise ParamsError(
-            f"{base} holds quantised weights; a merge needs the 16-bit original", fix="set model.base to the original"
-        )
-    foreign = sorted({tensor.dtype for _, tensor in tensors.values()} - {*FLOATS, "I64", "I32", "BOOL", "U8"})
-    if foreign:
-        raise ParamsError(f"{base} holds tensors of type {', '.join(foreign)}, which the merge does not know")
-    conv1d = config.get("model_type") in CONV1D
-    tied = config.get("tie_word_embeddings", True) is not False
-    targets, problems = _match(lora, tensors, tied=tied)
-    steps = []
-    for name, (file, tensor) in tensors.items():
-        delta = targets.get(name)
-        transposed = delta is not None and _transposed(delta, tensor.shape, conv1d or lora.fan_in_fan_out, problems)
-        steps.append(Step(Planned(name, _dtype(tensor, dtype), tensor.shape), file, name, delta, transposed))
-    if problems:
-        shown = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise DamagedArtifact(f"the adapter {adapter} does not fit the base {base}: {shown}")
-    added, untied = _untie(lora, steps, targets) if tied else ([], False)
-    plan = Plan(base, lora, (*steps, *added), untied, conv1d)
-    _check_copies(plan)
-    return plan
-
-
-def merge(plan: Plan, out: Path, *, weights: Weights = Reader.blocks) -> None:
-    """Write the merged tensors into the empty folder `out`, in the base's own sharding, with an index if it had one.
+    Returns:
+        The sha256 of each file of weights.
 
     Raises:
         DamagedArtifact: a sum is not finite in the type that it is stored in, or a file changed under the merge.
     """
     files = sorted({step.file for step in plan.steps})
+    wanted = digest_json([key, rounding, survival is not None, [asdict(step) for step in plan.steps]])
+    done = _begin(partial, wanted) if partial else {}
+    digests = {}
     space = _Workspace()
-    with Reader(plan.adapter.weights) as factors:
+    readers = [Reader(adapter.weights) for adapter in plan.adapters]
+    try:
         for file in files:
             steps = {step.target.name: step for step in plan.steps if step.file == file}
-            with (
-                Reader(plan.base / file) as reader,
-                Writer(out / file, ordered := aligned([step.target for step in steps.values()])) as writer,
-            ):
-                for target in ordered:
-                    for block in _merged(steps[target.name], reader, factors, weights, space):
-                        writer.block(block)
+            if partial is not None and _is_whole(partial, file, done):
+                digests[file] = done[file]["sha256"]
+                if survival is not None:
+                    survival.resume(done[file]["survival"])
+                log.info("export: %s was merged before", file)
+            else:
+                made = partial / f"{file}.part" if partial is not None else out / file
+                made.unlink(missing_ok=True)
+                known = len(survival.layers) if survival is not None else 0
+                ordered = aligned([step.target for step in steps.values()])
+                with Reader(plan.base / file) as reader, Writer(made, ordered) as writer:
+                    for target in ordered:
+                        step = steps[target.name]
+                        if survival is not None:
+                            survival.begin(step)
+                        for block in _merged(step, reader, readers, weights, rounding, space, survival):
+                            writer.block(block)
+                digests[file] = writer.sha256
+                failpoint("export.shard")
+                if partial is not None:
+                    made.rename(partial / file)
+                    layers = survival.layers[known:] if survival is not None else []
+                    done[file] = {"sha256": writer.sha256, "survival": [layer.model_dump() for layer in layers]}
+                    write_json(partial / _SHARDS, {"key": wanted, "files": done})
+                log.info("export: merged %s (%d tensors)", file, len(steps))
+            if partial is not None:
+                _link(partial / file, out / file)
             failpoint("export.merge")
-            log.info("export: merged %s (%d tensors)", file, len(steps))
+    finally:
+        for each in readers:
+            each.close()
     if (plan.base / INDEX).is_file():
         index = {
-            "metadata": {"total_size": sum(step.target.size for step in plan.steps)},
+            "metadata": {"total_size": plan.size},
             "weight_map": {step.target.name: step.file for step in sorted(plan.steps, key=lambda s: s.target.name)},
         }
         (out / INDEX).write_bytes(pretty_json(index))
+    return digests
 
 
-def read_config(base: Path) -> dict[str, Any]:
-    """Read a model's `config.json`.
+def _begin(partial: Path, key: str) -> dict[str, Any]:
+    """Return what an earlier attempt at the same merge finished, by file; throw another merge's shards away."""
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        found = read_json(partial / _SHARDS)
+        if found["key"] == key:
+            return dict(found["files"])
+    except (RegraftError, KeyError, TypeError):
+        pass
+    for path in partial.iterdir():
+        path.unlink()
+    return {}
 
-    Raises:
-        MissingInput: it is not there.
-        DamagedArtifact: it is not a mapping.
-    """
-    config = read_json(base / "config.json")
-    if not isinstance(config, dict):
-        raise DamagedArtifact(f"{base / 'config.json'} is not a mapping")
-    return config
+
+def _is_whole(partial: Path, file: str, done: dict[str, Any]) -> bool:
+    return file in done and (partial / file).is_file() and digest_file(partial / file) == done[file]["sha256"]
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def _merged(
-    step: Step, reader: Reader, factors: Reader, weights: Weights, space: "_Workspace"
+    step: Step,
+    reader: Reader,
+    adapters: list[Reader],
+    weights: Weights,
+    rounding: Rounding,
+    space: "_Workspace",
+    survival: Survival | None,
 ) -> "Iterator[torch.Tensor]":
-    """Yield the blocks of one tensor of the result; each is valid until the next one is asked for."""
+    """Yield the blocks of one tensor of the result; each is valid until the next but one is asked for."""
     import torch
 
     dtype = torch_dtype(step.target.dtype)
-    a = b = None
-    if step.delta is not None:
-        a, b = factors.whole(step.delta.a).float(), factors.whole(step.delta.b).float()
-    for first, block in weights(reader, step.source):
-        if step.delta is None or a is None or b is None:
-            if block.dtype == dtype:
-                yield block
-                continue
-            total = block
-        else:
-            rows, width = block.shape
-            total = space.take("sum", torch.float32, rows, width).copy_(block)
-            shape = (width, rows) if step.transposed else (rows, width)
-            delta = space.take("delta", torch.float32, *shape)
-            last = first + rows
-            if step.transposed:
-                torch.mm(b, a[:, first:last], out=delta)
-            else:
-                torch.mm(b[first:last], a, out=delta)
-            delta.mul_(step.delta.scaling)
-            total.add_(delta.t() if step.transposed else delta)
-        result = total if total.dtype == dtype else space.take("rounded", dtype, *block.shape).copy_(total)
+    factors = [_Factors(term, adapters[term.adapter]) for term in step.terms]
+    norms = _column_norms(step, reader, adapters, weights, factors, space)
+    vector = sum((adapters[n].whole(name).float().reshape(-1, 1) * s for n, name, s in step.biases), torch.zeros(()))
+    per_matrix = grid(step.target.shape)[1]
+    noise = _noise(step.target.name) if rounding == "stochastic" and dtype == torch.bfloat16 else None
+    for first, block in _source(step, reader, adapters, weights):
+        if not step.terms and not step.biases and step.rows is None:
+            yield block if block.dtype == dtype else space.turn("rounded", dtype, *block.shape).copy_(block)
+            continue
+        rows, width = block.shape
+        total = space.take("sum", torch.float32, rows, width).copy_(block)
+        for each in factors:
+            delta = each.block(first, rows, width, per_matrix, space)
+            if rounding == "peft" and each.term.rounded_by_peft:
+                delta.copy_(delta.to(block.dtype))
+            total.add_(delta)
+            each.scale(total, first, norms)
+        if step.biases:
+            total.add_(vector[first : first + rows])
+        if step.rows is not None:
+            _replace_rows(step, adapters, total, first)
+        result = space.turn("rounded", dtype, rows, width)
+        _round(total, result, noise)
         if not _finite(result) and _finite(block):
             raise DamagedArtifact(
                 f"{step.target.name} is not finite in {step.target.dtype} from row {first} on",
-                fix="look at the adapter's weights, or set export.dtype to bf16 or fp32",
+                fix="look at the adapter's weights, or choose bf16 or fp32",
             )
+        if survival is not None and step.terms:
+            survival.add(block, total, result)
         yield result
+
+
+def _source(
+    step: Step, reader: Reader, adapters: list[Reader], weights: Weights
+) -> "Iterator[tuple[int, torch.Tensor]]":
+    """The values to start from: the base's, or an adapter's in the base's type."""
+    if step.copy is None:
+        yield from weights(reader, step.source)
+        return
+    number, name = step.copy
+    dtype = torch_dtype(reader.tensors[step.source].dtype)
+    for first, block in adapters[number].blocks(name):
+        yield first, block.to(dtype)
+
+
+class _Factors:
+    """A term's factors in memory, and its change of any block."""
+
+    def __init__(self, term: Term, adapter: Reader) -> None:
+        self.term = term
+        a, b = adapter.whole(term.pair.a).float(), adapter.whole(term.pair.b).float()
+        experts = term.experts
+        self._a = a.reshape(experts, -1, a.shape[-1])  # experts x rank x in
+        self._b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)  # experts x out x rank
+        if term.part is not None:
+            self._b = self._b[:, term.part[0] : term.part[1]]
+        if experts > 1:
+            self._b = self._b.contiguous()
+        self.magnitude = adapter.whole(term.pair.magnitude).float().reshape(-1) if term.pair.magnitude else None
+
+    @property
+    def by_rows(self) -> bool:
+        """DoRA's norms run along stored rows, so a block of rows is enough for them."""
+        return not self.term.transposed
+
+    def block(self, first: int, rows: int, width: int, per_matrix: int, space: "_Workspace") -> "torch.Tensor":
+        """The change of `rows` stored rows from `first` on, `rows x width` in float32."""
+        import torch
+
+        matrix, first = divmod(first, per_matrix) if self.term.experts > 1 and self.term.expert is None else (0, first)
+        expert = self.term.expert if self.term.expert is not None else matrix
+        a, b, last = self._a[expert], self._b[expert], first + rows
+        if self.term.transposed:
+            delta = space.take("delta", torch.float32, width, rows)
+            torch.mm(b, a[:, first:last], out=delta)
+            return delta.mul_(self.term.scaling).t()
+        delta = space.take("delta", torch.float32, rows, width)
+        torch.mm(b[first:last], a, out=delta)
+        return delta.mul_(self.term.scaling)
+
+    def scale(self, total: "torch.Tensor", first: int, norms: "torch.Tensor | None") -> None:
+        """DoRA: give each output's weights the length that was learnt (https://arxiv.org/abs/2402.09353)."""
+        import torch
+
+        if self.magnitude is None:
+            return
+        if self.by_rows:
+            magnitude = self.magnitude[first : first + total.shape[0]]
+            total.mul_((magnitude / torch.linalg.norm(total, dim=1)).view(-1, 1))
+            return
+        if norms is None:
+            norms = torch.linalg.norm(total.t(), dim=1)
+        total.mul_((self.magnitude / norms).view(1, -1))
+
+
+def _column_norms(
+    step: Step,
+    reader: Reader,
+    adapters: list[Reader],
+    weights: Weights,
+    factors: list[_Factors],
+    space: "_Workspace",
+) -> "torch.Tensor | None":
+    """DoRA's norms of a weight that is stored `in x out` and larger than a block: one pass more, summed in float64."""
+    import torch
+
+    dora = next((each for each in factors if each.magnitude is not None and not each.by_rows), None)
+    if dora is None:
+        return None
+    per_matrix, squares = grid(step.target.shape)[1], None
+    for first, block in _source(step, reader, adapters, weights):
+        rows, width = block.shape
+        if rows == per_matrix:
+            return None  # all of it: `scale` takes the norm as PEFT does, to the bit
+        total = space.take("sum", torch.float32, rows, width).copy_(block)
+        total.add_(dora.block(first, rows, width, per_matrix, space))
+        part = total.double().square_().sum(dim=0)
+        squares = part if squares is None else squares + part
+    return None if squares is None else squares.sqrt().float()
+
+
+def _replace_rows(step: Step, adapters: list[Reader], total: "torch.Tensor", first: int) -> None:
+    assert step.rows is not None
+    number, name, rows = step.rows
+    here = [(place, row - first) for place, row in enumerate(rows) if first <= row < first + total.shape[0]]
+    if here:
+        values = adapters[number].whole(name).float()
+        for place, row in here:
+            total[row] = values[place]
+
+
+def _noise(name: str) -> "torch.Generator":
+    import torch
+
+    return torch.Generator().manual_seed(int(digest_bytes(name.encode())[:15], 16))
+
+
+def _round(total: "torch.Tensor", result: "torch.Tensor", noise: "torch.Generator | None") -> None:
+    """Round float32 into the result: to nearest, or up or down by chance in proportion to what is cut off."""
+    import torch
+
+    if noise is None:
+        result.copy_(total)
+        return
+    bits = total.contiguous().view(torch.int32)
+    cut = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=noise)
+    up = torch.where(torch.isfinite(total), (bits + cut) & ~0xFFFF, bits)
+    result.copy_(up.view(torch.float32))
 
 
 class _Workspace:
@@ -190,6 +306,7 @@ class _Workspace:
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._turn = 0
 
     def take(self, name: str, dtype: "torch.dtype", rows: int, width: int) -> "torch.Tensor":
         """Return a contiguous matrix with arbitrary values; it shares its memory with the last one of this name."""
@@ -200,6 +317,11 @@ class _Workspace:
             held = self._held[name, dtype] = torch.empty(rows * width, dtype=dtype)
         return held[: rows * width].view(rows, width)
 
+    def turn(self, name: str, dtype: "torch.dtype", rows: int, width: int) -> "torch.Tensor":
+        """Like `take`, with memory that comes round again after `RING` calls."""
+        self._turn = (self._turn + 1) % RING
+        return self.take(f"{name} {self._turn}", dtype, rows, width)
+
 
 def _finite(block: "torch.Tensor") -> bool:
     import torch
@@ -208,92 +330,3 @@ def _finite(block: "torch.Tensor") -> bool:
         return True
     smallest, largest = torch.aminmax(block)  # a NaN comes out as both; no copies, unlike torch.isfinite
     return bool(torch.isfinite(smallest) and torch.isfinite(largest))
-
-
-def _dtype(tensor: Tensor, wanted: str) -> str:
-    return tensor.dtype if wanted == "own" or tensor.dtype not in FLOATS else DTYPES[wanted]
-
-
-def _match(lora: Adapter, tensors: dict[str, tuple[str, Tensor]], *, tied: bool) -> tuple[dict[str, Delta], set[str]]:
-    """Pair each delta with a tensor's name; an output layer that the base does not store stands under its own name."""
-    targets: dict[str, Delta] = {}
-    problems: set[str] = set()
-    for delta in lora.deltas:
-        wanted = f"{delta.module}.weight"
-        names = [wanted] if wanted in tensors else _by_end(wanted, tensors)
-        if not names and tied and delta.module.rpartition(".")[2] in OUTPUTS:
-            names = [wanted]
-        if len(names) != 1:
-            found = f"matches {len(names)}: {', '.join(names[:3])}" if names else "matches no tensor"
-            problems.add(f"{delta.module} {found}")
-        elif names[0] in targets:
-            problems.add(f"{delta.module} and {targets[names[0]].module} match the same tensor {names[0]}")
-        else:
-            targets[names[0]] = delta
-    return targets, problems
-
-
-def _by_end(wanted: str, tensors: dict[str, tuple[str, Tensor]]) -> list[str]:
-    """Names that differ from `wanted` only by leading components (`transformer.h.0...` is stored as `h.0...`)."""
-    return [name for name in tensors if wanted.endswith(f".{name}") or name.endswith(f".{wanted}")]
-
-
-def _transposed(delta: Delta, shape: tuple[int, ...], in_by_out: bool, problems: set[str]) -> bool:
-    """Say whether a weight is stored `in x out`; a square one is as the model type or the adapter's config says."""
-    straight, turned = shape == delta.shape, shape == delta.shape[::-1]
-    if delta.embedding:
-        straight = False
-    if not straight and not turned:
-        problems.add(f"{delta.module} is {list(shape)} in the base and {list(delta.shape)} in the adapter")
-    return turned and (in_by_out or delta.embedding or not straight)
-
-
-def _untie(lora: Adapter, steps: list[Step], targets: dict[str, Delta]) -> tuple[list[Step], bool]:
-    """Part a tied pair of which the adapter changes one end: return the output layer to add, if any, and whether to."""
-    present = {step.source for step in steps}
-    output = next((delta for name, delta in targets.items() if name not in present), None)
-    ends = [step for step in steps if _last(step.source) in INPUTS and len(step.target.shape) == 2]
-    outputs = [step for step in steps if _last(step.source) in OUTPUTS]
-    if output is None and not any(step.delta is not None for step in (*ends, *outputs)):
-        return [], False
-    if outputs:
-        return [], True
-    if len(ends) != 1:
-        raise DamagedArtifact(
-            f"the base ties its output layer to one of {[s.source for s in ends]}: expected one tensor"
-        )
-    end = ends[0]
-    if output is not None and output.shape != end.target.shape:
-        raise DamagedArtifact(
-            f"the adapter {lora.folder} does not fit: {output.module} is {list(output.shape)}, "
-            f"the base's {end.source} {list(end.target.shape)}"
-        )
-    name = f"{output.module}.weight" if output else "lm_head.weight"
-    return [Step(Planned(name, end.target.dtype, end.target.shape), end.file, end.source, output)], True
-
-
-def _last(name: str) -> str:
-    """The last name of the module that a weight belongs to."""
-    return name.removesuffix(".weight").rpartition(".")[2]
-
-
-def _check_copies(plan: Plan) -> None:
-    """Refuse weights that PEFT saved along with the factors unless they are the base's own (it saves embeddings so)."""
-    import torch
-
-    with ExitStack() as stack:
-        saved = stack.enter_context(Reader(plan.adapter.weights))
-        for module, name in plan.adapter.copies.items():
-            step = next((s for s in plan.steps if s.delta is not None and s.delta.module == module), None)
-            same = step is not None and step.target.shape == saved.tensors[name].shape
-            if step is not None and same:
-                rows, width = shape_of_rows(step.target.shape)
-                base = stack.enter_context(Reader(plan.base / step.file))
-                pairs = zip(base.blocks(step.source), saved.blocks(name), strict=True) if rows * width else []
-                same = all(torch.equal(mine.to(copy.dtype), copy) for (_, mine), (_, copy) in pairs)
-            if not same:
-                raise ParamsError(
-                    f"{plan.adapter.folder} cannot be merged: {name} differs from the base's weights (a resized or "
-                    "retrained embedding)",
-                    fix="serve this adapter on its base",
-                )

@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from regraft.export.merge import INPUTS, OUTPUTS, Plan, Weights
-from regraft.export.tensors import BLOCK, FLOATS, Reader, shape_of_rows
+from regraft.export.base import INPUTS, OUTPUTS
+from regraft.export.merge import Weights
+from regraft.export.plan import Plan
+from regraft.export.tensors import BLOCK, FLOATS, Reader
 from regraft.model.params import Quantization
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def dequantized(plan: Plan, quantization: Quantization, dtype: "torch.dtype | No
         weight = reader.whole(name) if dtype is None else reader.whole(name).to(dtype)
         weight = _round_trip(weight.t().contiguous() if plan.conv1d else weight, quantization)
         weight = weight.t().contiguous() if plan.conv1d else weight
-        rows, width = shape_of_rows(tuple(weight.shape))
+        rows, width = weight.shape
         step = max(1, BLOCK // max(1, width))
         for first in range(0, rows, step):
             yield first, weight[first : first + step]

@@ -4,9 +4,12 @@ Headers are read and checked by `regraft.model.header`; the format is
 https://huggingface.co/docs/safetensors/index#format.
 """
 
+import hashlib
 import json
 import math
 import os
+import queue
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK = 4 * 2**20  # elements: 16 MB in float32, large enough that the time goes into bytes and not into Python
+RING = 3
+"""Buffers that are used in turn: one is written, one waits, one is being filled."""
 FLOATS = ("F32", "F16", "BF16")
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _TORCH |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -38,13 +43,14 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 
 class Reader:
-    """Blocks of tensors of one file, read into one buffer that is used again and again; `tensors` is its header."""
+    """Blocks of tensors of one file, read into a few buffers that are used in turn; `tensors` is its header."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors = read_header(path)
         self._file = path.open("rb", buffering=0)
-        self._buffer = bytearray(0)
+        self._buffers = [bytearray(0)] * RING
+        self._turn = 0
 
     def __enter__(self) -> Self:
         return self
@@ -52,35 +58,42 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def blocks(self, name: str, elements: int = BLOCK) -> "Iterator[tuple[int, torch.Tensor]]":
         """Yield `(first row, block of rows x width)` of a tensor, at most `elements` each, but one row at least.
 
-        A row is a slice along the first dimension. A block is valid until the next one is asked for.
+        Rows are those of the tensor seen as a matrix (`grid`); a block never crosses from one leading matrix (an
+        expert) into the next. It is valid until `RING` more were asked for.
         """
-        rows, width = shape_of_rows(self.tensors[name].shape)
+        leading, rows, width = grid(self.tensors[name].shape)
         step = max(1, elements // max(1, width))
-        for first in range(0, rows if width else 0, step):
-            yield first, self._read(name, first, min(step, rows - first))
+        for matrix in range(leading if width else 0):
+            for first in range(0, rows, step):
+                yield matrix * rows + first, self._read(name, matrix * rows + first, min(step, rows - first))
 
     def whole(self, name: str) -> "torch.Tensor":
         """Return a tensor in its shape and memory of its own."""
-        rows, _ = shape_of_rows(self.tensors[name].shape)
-        return self._read(name, 0, rows).clone().reshape(self.tensors[name].shape)
+        leading, rows, _ = grid(self.tensors[name].shape)
+        return self._read(name, 0, leading * rows).clone().reshape(self.tensors[name].shape)
 
     def _read(self, name: str, first: int, rows: int) -> "torch.Tensor":
         import torch
 
         tensor = self.tensors[name]
-        dtype, (_, width) = torch_dtype(tensor.dtype), shape_of_rows(tensor.shape)
+        dtype, (_, _, width) = torch_dtype(tensor.dtype), grid(tensor.shape)
         row = width * BYTES[tensor.dtype]
         size, done = rows * row, 0
         if size == 0:
             return torch.empty(rows, width, dtype=dtype)
-        if size > len(self._buffer):
-            self._buffer = bytearray(size)
-        view = memoryview(self._buffer)[:size]
+        self._turn = (self._turn + 1) % RING
+        if size > len(self._buffers[self._turn]):
+            self._buffers[self._turn] = bytearray(size)
+        view = memoryview(self._buffers[self._turn])[:size]
         while done < size:
             count = os.preadv(self._file.fileno(), [view[done:]], tensor.start + first * row + done)
             if count == 0:
@@ -89,9 +102,11 @@ class Reader:
         return torch.frombuffer(view, dtype=dtype).view(rows, width)
 
 
-def shape_of_rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and width: the first dimension and the product of the others (a scalar is one row of one)."""
-    return (shape[0] if shape else 1), math.prod(shape[1:])
+def grid(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return leading matrices, rows of each and width: a vector is rows of one, a scalar one row of one."""
+    if len(shape) < 2:
+        return 1, math.prod(shape), 1
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
 @dataclass(frozen=True)
@@ -125,7 +140,12 @@ class Writer:
         text += b" " * (-len(text) % 8)
         self._expected = 8 + len(text) + position
         self._file = path.open("xb", buffering=0)
-        self._write(memoryview(len(text).to_bytes(8, "little") + text))
+        self._digest = hashlib.sha256()
+        self._errors: list[OSError] = []
+        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=RING - 2)
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"write {path.name}")
+        self._thread.start()
+        self._queue.put(memoryview(len(text).to_bytes(8, "little") + text))
 
     def __enter__(self) -> Self:
         return self
@@ -133,21 +153,48 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._queue.put(None)
+        self._thread.join()
         written = self._file.tell()
         self._file.close()
-        if kind is None and written != self._expected:
+        if kind is not None:
+            return
+        if self._errors:
+            raise self._errors[0]
+        if written != self._expected:
             raise RuntimeError(f"{self._file.name} has {written} bytes, its header says {self._expected}: a bug")
 
+    @property
+    def sha256(self) -> str:
+        """Digest of what was written, once the block has ended."""
+        return self._digest.hexdigest()
+
     def block(self, block: "torch.Tensor") -> None:
-        """Append the bytes of a contiguous CPU tensor."""
+        """Append the bytes of a contiguous CPU tensor; they must stay until `RING - 1` more were appended."""
         import torch
 
+        if self._errors:
+            raise self._errors[0]
         if block.numel():
-            self._write(block.reshape(-1).view(torch.uint8).numpy().data)
+            self._queue.put(block.reshape(-1).view(torch.uint8).numpy().data)
 
-    def _write(self, view: memoryview) -> None:
-        while view:
-            view = view[self._file.write(view) :]
+    def _work(self) -> None:
+        """Write, digest and flush beside the computation: neither holds Python's lock."""
+        unflushed = 0
+        while (view := self._queue.get()) is not None:
+            if self._errors:
+                continue  # the computing side sees the error at its next block
+            try:
+                self._digest.update(view)
+                while view:
+                    count = self._file.write(view)
+                    view, unflushed = view[count:], unflushed + count
+            except OSError as error:
+                self._errors.append(error)
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._errors.append(error)
 
 
 def aligned(plan: list[Planned]) -> list[Planned]:

@@ -50,8 +50,12 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 3, embeddings: bool = 
         model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
         torch.manual_seed(seed)
         for name, parameter in sorted(model.named_parameters()):
-            if ".lora_" in name:
+            if ".lora_magnitude" in name:
+                parameter.data.mul_(torch.rand_like(parameter) + 0.5)
+            elif ".lora_" in name:
                 parameter.data.normal_(0, 0.3)
+            elif parameter.requires_grad:  # modules saved whole, trained tokens, biases
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
         model.save_pretrained(folder, save_embedding_layers=embeddings)
     return folder
 
@@ -63,7 +67,12 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-        warnings.filterwarnings("ignore", message="Adapter 'default': 2 LoRA tensor")  # biases in B have one dimension
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="Unsupported layer type")  # fused experts' other modules
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings(
+            "ignore", message=r"Adapter 'default': \d+ LoRA tensor"
+        )  # biases in B have one dimension
         yield
 
 
@@ -84,6 +93,53 @@ def load(folder: Path) -> Any:
 def peft_merged(base: Path, adapter: Path) -> dict[str, Any]:
     """State dict of PEFT's own merge."""
     return dict(adapted(base, adapter).merge_and_unload().state_dict())
+
+
+def save_peft_merged(base: Path, adapter: Path, folder: Path) -> Path:
+    """PEFT's own merge in files, named as the base's."""
+    adapted(base, adapter).merge_and_unload().save_pretrained(folder)
+    return folder
+
+
+def make_model(kind: str, folder: Path, *, dtype: str = "bfloat16") -> Path:
+    """A random model of one of `ARCHITECTURES`, every parameter of it random."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    settings = {**SIZES, **ARCHITECTURES[kind]}
+    config = AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config)
+    for _, parameter in sorted(model.named_parameters()):
+        parameter.data.normal_(0, 0.1)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "phi3": {},
+    "olmo2": {},
+    "stablelm": {"use_qkv_bias": True},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {"tie_word_embeddings": False},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "bias": True, "head_dim": None},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mixtral": MOE,
+    "qwen3_moe": MOE,
+    "gpt_oss": MOE,
+}
 
 
 def tensors(folder: Path) -> dict[str, Any]:

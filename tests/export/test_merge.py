@@ -205,25 +205,14 @@ def test_factors_of_another_shape_than_the_base_are_an_error(tmp_path: Path) -> 
         plan_merge(base, adapter, "own")
 
 
-@pytest.mark.parametrize(
-    ("lora", "name"),
-    [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "trained biases"),
-        ({"lora_bias": True, "target_modules": ["c_attn"], "fan_in_fan_out": True}, "a bias in B"),
-        ({"trainable_token_indices": [1, 2]}, "trained tokens"),
-        ({"init_lora_weights": "olora"}, "olora"),
-    ],
-)
-def test_an_adapter_of_a_kind_that_is_not_merged_is_refused_by_its_name(
-    tmp_path: Path, lora: dict[str, Any], name: str
-) -> None:
-    make = small.make_gpt2 if "lora_bias" in lora else small.make_llama
-    base = make(tmp_path / "base", dtype="float32")
-    adapter = small.make_adapter(base, tmp_path / "adapter", **lora)
+@pytest.mark.parametrize("start", ["olora", "pissa_niter_2"])
+def test_an_adapter_that_changed_its_base_before_training_is_refused_by_name(tmp_path: Path, start: str) -> None:
+    base = small.make_llama(tmp_path / "base", dtype="float32")
+    adapter = small.make_adapter(base, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": start}))
 
-    with pytest.raises(ParamsError, match=f"cannot be merged: it has .*{name}"):
+    with pytest.raises(ParamsError, match=f"cannot be merged: it has init_lora_weights '{start}'.*path_initial_model"):
         plan_merge(base, adapter, "own")
 
 
@@ -237,17 +226,22 @@ def test_a_setting_that_nobody_knows_is_refused_by_its_name(tmp_path: Path) -> N
         plan_merge(base, adapter, "own")
 
 
-def test_embeddings_that_an_adapter_carries_changed_are_refused(tmp_path: Path) -> None:
+def test_the_values_that_an_adapter_carries_whole_are_the_ones_that_are_added_to(tmp_path: Path) -> None:
+    import torch
     from safetensors.torch import load_file, save_file
 
     base = small.make_llama(tmp_path / "base", tied=True)
     adapter = small.make_adapter(base, tmp_path / "adapter", target_modules=["lm_head"], embeddings=True)
     factors = load_file(adapter / "adapter_model.safetensors")
+    before = merged(base, adapter, tmp_path / "before")["lm_head.weight"]
     factors["base_model.model.lm_head.base_layer.weight"][5, 5] += 1
     save_file(factors, adapter / "adapter_model.safetensors")
 
-    with pytest.raises(ParamsError, match=r"lm_head\.base_layer\.weight differs from the base's weights"):
-        plan_merge(base, adapter, "own")
+    after = merged(base, adapter, tmp_path / "after")["lm_head.weight"]
+
+    changed = (before != after).nonzero().tolist()
+    assert changed == [[5, 5]]
+    torch.testing.assert_close(after[5, 5] - before[5, 5], torch.tensor(1.0, dtype=torch.bfloat16), atol=0.02, rtol=0)
 
 
 def test_a_sum_that_overflows_is_an_error_and_not_a_file(tmp_path: Path) -> None:
@@ -295,3 +289,154 @@ def rename(adapter: Path, old: str, new: str) -> None:
     save_file(
         {name.replace(old, new): tensor for name, tensor in factors.items()}, adapter / "adapter_model.safetensors"
     )
+
+
+def logits(model: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.arange(40)[None]).logits
+
+
+@pytest.mark.parametrize(
+    ("lora", "untied"),
+    [
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, False),
+        ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, True),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [7, 2]}, False),
+    ],
+)
+def test_tied_embeddings_answer_as_with_the_adapter_whatever_it_does_to_them(
+    tmp_path: Path, lora: dict[str, Any], untied: bool
+) -> None:
+    import torch
+
+    base = small.make_llama(tmp_path / "base", dtype="float32", tied=True)
+    adapter = small.make_adapter(base, tmp_path / "adapter", **lora)
+
+    found = merged(base, adapter, tmp_path / "out")
+
+    assert ("lm_head.weight" in found) is untied
+    expected = logits(small.adapted(base, adapter))
+    torch.testing.assert_close(logits(small.load(tmp_path / "out")), expected, atol=5e-5, rtol=1e-4)
+
+
+def test_tokens_that_were_added_come_along_and_the_config_counts_them(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = small.make_llama(tmp_path / "base", dtype="float32", tied=True)
+    with small.quiet():
+        grown = small.load(base)
+        grown.resize_token_embeddings(130, mean_resizing=False)
+        model = get_peft_model(grown, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data.normal_(0, 0.3)
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        again = small.load(base)
+        again.resize_token_embeddings(130, mean_resizing=False)
+        expected = logits(PeftModel.from_pretrained(again, tmp_path / "adapter").eval())
+
+    found = merged(base, tmp_path / "adapter", tmp_path / "out")
+
+    assert found["model.embed_tokens.weight"].shape == (130, 64)
+    config = json.loads((tmp_path / "out/config.json").read_bytes())
+    assert (config["vocab_size"], config["tie_word_embeddings"]) == (130, True)
+    torch.testing.assert_close(logits(small.load(tmp_path / "out")), expected, atol=5e-5, rtol=1e-4)
+
+
+def test_several_adapters_are_added_up_with_their_weights(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base = small.make_llama(tmp_path / "base", dtype="float32")
+    first, second = (small.make_adapter(base, tmp_path / f"adapter{seed}", seed=seed) for seed in (1, 2))
+    plan = plan_merge(base, first, "own", more=[(second, -0.25)], weight=0.5)
+    (tmp_path / "out").mkdir()
+
+    merge(plan, tmp_path / "out")
+
+    name = "model.layers.1.mlp.down_proj"
+    expected = small.tensors(base)[f"{name}.weight"].double()
+    for folder, weight in ((first, 0.5), (second, -0.25)):
+        factors = load_file(folder / "adapter_model.safetensors")
+        a, b = (factors[f"base_model.model.{name}.lora_{half}.weight"].double() for half in "AB")
+        expected += weight * 16 / 8 * (b @ a)
+    torch.testing.assert_close(small.tensors(tmp_path / "out")[f"{name}.weight"].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_dora_cannot_be_weighted(tmp_path: Path) -> None:
+    base = small.make_llama(tmp_path / "base")
+    adapter = small.make_adapter(base, tmp_path / "adapter", use_dora=True)
+
+    with pytest.raises(ParamsError, match="cannot be weighted or added to others"):
+        plan_merge(base, adapter, "own", weight=0.5)
+
+
+def test_dora_on_a_transposed_weight_larger_than_a_block_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = small.make_gpt2(tmp_path / "base", dtype="float32")
+    adapter = small.make_adapter(
+        base, tmp_path / "adapter", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=True
+    )
+    monkeypatch.setattr(storage.Reader.blocks, "__defaults__", (7 * 64,))
+    import torch
+
+    found, expected = merged(base, adapter, tmp_path / "out"), small.peft_merged(base, adapter)
+
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_embeddings_and_experts_are_nearer_to_float64_than_pefts_twice_rounded_ones(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    base = small.make_model("gpt_oss", tmp_path / "base")
+    adapter = small.make_adapter(
+        base,
+        tmp_path / "adapter",
+        target_modules=["embed_tokens"],
+        target_parameters=["mlp.experts.gate_up_proj"],
+    )
+    factors = load_file(adapter / "adapter_model.safetensors")
+    prefix = "base_model.model.model"
+    a, b = (factors[f"{prefix}.embed_tokens.lora_embedding_{half}"].double() for half in "AB")
+    exact = {"model.embed_tokens.weight": 2 * (b @ a).T}
+    a, b = (factors[f"{prefix}.layers.0.mlp.experts.lora_{half}.weight"].double() for half in "AB")
+    a, b = a.reshape(4, 8, -1), b.reshape(-1, 8, 4).permute(2, 0, 1)
+    exact["model.layers.0.mlp.experts.gate_up_proj"] = 2 * (b @ a).transpose(1, 2)
+    before, peft = small.tensors(base), small.tensors(small.save_peft_merged(base, adapter, tmp_path / "peft"))
+
+    found = merged(base, adapter, tmp_path / "out")
+
+    for name, change in exact.items():
+        wanted = before[name].double() + change
+        mine, theirs = ((t[name].double() - wanted).abs().mean() for t in (found, peft))
+        assert mine < theirs, name
+        nearest = (wanted.bfloat16().double() - wanted).abs()
+        assert ((found[name].double() - wanted).abs() <= nearest + 1e-6).all(), name
+
+
+def test_chance_rounds_up_as_often_as_it_should_and_the_same_way_each_time(tmp_path: Path) -> None:
+    import torch
+
+    base = small.make_llama(tmp_path / "base")
+    adapter = small.make_adapter(base, tmp_path / "adapter", target_modules=["down_proj"])
+    exact = merged(base, adapter, tmp_path / "exact", dtype="fp32")
+    results = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        merge(plan_merge(base, adapter, "own"), tmp_path / name, rounding="stochastic")
+        results.append(small.tensors(tmp_path / name))
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(results[0][name], results[1][name])
+    error = results[0][name].double() - exact[name].double()
+    assert (error.abs() <= exact[name].double().abs() * 2**-7).all()
+    assert abs(error.mean()) < 3 * error.std() / error.numel() ** 0.5
+    assert not torch.equal(results[0][name], exact[name].bfloat16())

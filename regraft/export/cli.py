@@ -1,0 +1,108 @@
+"""The commands `merge` and `verify`: they need no clone, only folders."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regraft.command import Json, answer, listen
+from regraft.errors import ParamsError
+
+commands = typer.Typer()
+PANEL = "Any adapter, any export"
+
+
+class Dtype(StrEnum):
+    """What merged weights can be stored in."""
+
+    OWN = "own"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class How(StrEnum):
+    """How the sum is rounded."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+    PEFT = "peft"
+
+
+@commands.command(rich_help_panel=PANEL)
+def merge(
+    base: Annotated[Path, typer.Argument(help="Folder of the base model, in safetensors.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to make; an earlier merge there is replaced.")],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; `own` keeps the base's.")] = Dtype.OWN,
+    rounding: Annotated[
+        How, typer.Option("--rounding", help="How sums are rounded; `peft` twice where PEFT does.")
+    ] = How.NEAREST,
+    more: Annotated[
+        list[str] | None, typer.Option("--and", help="A further adapter, `FOLDER` or `FOLDER=WEIGHT`; may be repeated.")
+    ] = None,
+    weight: Annotated[float, typer.Option("--weight", help="Factor of the first adapter's change.")] = 1.0,
+    base_sha256: Annotated[
+        list[str] | None, typer.Option("--base-sha256", help="`FILE=SHA256` of the base; another byte is refused.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge a LoRA adapter into its base model, streaming: under a gigabyte of memory whatever the model's size."""
+    listen()
+    from regraft.export.standalone import merge_adapter
+    from regraft.export.survival import worst
+
+    others = [_weighted(each) for each in more or []]
+    digests = dict(_pair(each, "--base-sha256") for each in base_sha256 or [])
+    record = merge_adapter(
+        base, adapter, out, dtype=dtype.value, rounding=rounding.value, more=others, weight=weight, base_digests=digests
+    )
+    size = sum(entry.size for entry in record.files.values())
+    lines = [f"Merged into {out}: {size / 1e6:.1f} MB; {len(record.survival)} tensors changed."]
+    lines += ["The output layer was parted from the input embedding."] if record.untied else []
+    lines += [
+        f"least left of a change: {each.name}: cosine {each.cosine:.4f}, norm {each.norm:.4f}, "
+        f"change {each.relative:.2%} of the weight"
+        for each in worst(record.survival, 3)
+    ]
+    answer(record.to_dict(), lines, as_json=as_json)
+
+
+@commands.command(rich_help_panel=PANEL)
+def verify(
+    folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")], as_json: Json = False
+) -> None:
+    """Check every byte of an export or a merge, its sums and its certificate; offline, nothing is loaded."""
+    from regraft.export.certificate import CERTIFICATE, verify_export
+    from regraft.export.standalone import verify_merge
+
+    if (folder / CERTIFICATE).is_file():
+        certificate = verify_export(folder)
+        line = (
+            f"{folder} is whole: version {certificate.identity[:16]}, {len(certificate.files)} files, verdict passed."
+        )
+        answer(certificate.to_dict(), [line], as_json=as_json)
+        return
+    record = verify_merge(folder)
+    line = (
+        f"{folder} is whole: a merge of {', '.join(each.name for each in record.adapters)}, {len(record.files)} files."
+    )
+    answer(record.to_dict(), [line], as_json=as_json)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    folder, separator, weight = text.rpartition("=")
+    if not separator:
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(weight)
+    except ValueError as error:
+        raise ParamsError(f"--and {text}: {weight!r} is no number, expected FOLDER=WEIGHT") from error
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ParamsError(f"{option} {text}: expected NAME=VALUE")
+    return name, value
