@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from regraft.artifacts import commit_dir, digest_bytes, digest_json, write_json
 from regraft.gates.verdict import Check, decide, save_verdict
 from regraft.layout import Layout
 from regraft.model.adapter import adapter_digest
 from regraft.register.params import RegisterParams
+from regraft.validate.quarantine import ROWS
 
 PARAMS = RegisterParams(timeout=5, patience=5)
 RESOLVED: dict[str, Any] = {"train": {"rank": 4}, "model": {"base": "standin", "quantization": {"bits": 4}}}
@@ -29,6 +33,7 @@ def make(root: Path, *, adapter: str = "one", champion: str = "none", passed: bo
         layout,
         "validate",
         {"data_digest": digest_json(rows), "rows_in": rows + 1, "rows_out": rows, "rows_quarantined": 1, "files": raw},
+        {"rows.parquet": accepted(rows)},
     )
     stage(
         layout,
@@ -62,6 +67,28 @@ def make(root: Path, *, adapter: str = "one", champion: str = "none", passed: bo
     )
     judge(layout, champion, passed=passed)
     return layout
+
+
+def accepted(rows: int, *, action: str = "track", month: int = 9) -> bytes:
+    """Rows that `validate` accepted, as the bytes of `rows.parquet`; equal arguments give equal bytes."""
+    made = [
+        {
+            "row_id": digest_json([number, month])[:32],
+            "source": f"data/raw/2026-{month:02d}.jsonl",
+            "line": number,
+            "messages": [
+                {"role": "user", "content": f"where is my parcel number {number}"},
+                {"role": "assistant", "content": "It is on its way."},
+            ],
+            "slices": [("action", action if number % 2 else "cancel")],
+            "at": f"2026-{month:02d}-{1 + number % 28:02d}",
+            "id": str(number),
+        }
+        for number in range(rows)
+    ]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(made, ROWS), buffer)
+    return bytes(buffer.getvalue())
 
 
 def stage(layout: Layout, name: str, report: dict[str, Any], files: dict[str, bytes] | None = None) -> None:

@@ -1,5 +1,7 @@
 """Parameters of the gates: how much evidence is asked for. No stage depends on them: changing one reruns no stage."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from regraft.params import Section
@@ -10,6 +12,42 @@ class DataGate(Section):
 
     min_rows: int = Field(default=100, ge=1)
     """Accepted rows, at least; from 1."""
+
+
+class DriftGate(Section):
+    """How far the accepted rows may be from those that the champion learnt from."""
+
+    level: Literal["off", "warn", "block"] = "warn"
+    """`warn` reports and lets through: new data is often meant to differ."""
+
+    max_index: float = Field(default=0.25, gt=0)
+    """Population stability index of any part (lengths, sources, each slice, pairs of words) beyond what chance gives;
+    above 0. 0.1 is commonly called a small shift, 0.25 a large one."""
+
+    max_divergence: float = Field(default=0.05, gt=0, le=1)
+    """Jensen-Shannon divergence beyond what chance gives, in bits; above 0, at most 1."""
+
+    confidence: float = Field(default=0.99, gt=0.5, lt=1)
+    """Quantile of chance that is taken off first; above 0.5 and under 1."""
+
+    resamples: int = Field(default=500, ge=100, le=100_000)
+    """Of the bootstrap that says what chance gives; 100 to 100,000."""
+
+    min_rows: int = Field(default=100, ge=1)
+    """Rows that a part needs on both sides; from 1."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of the bootstrap; from 0."""
+
+
+class FreshnessGate(Section):
+    """How old the newest accepted row may be (`data.time` names the column); see also the champion's newest row."""
+
+    level: Literal["off", "warn", "block"] = "warn"
+    """`warn` reports and lets through."""
+
+    max_age_days: float | None = Field(default=None, gt=0)
+    """Age of the newest row in days, at most; above 0, or null: any age."""
 
 
 class SupervisionGate(Section):
@@ -85,6 +123,12 @@ class GatesParams(Section):
 
     data: DataGate = Field(default_factory=DataGate)
     """The accepted rows."""
+
+    drift: DriftGate = Field(default_factory=DriftGate)
+    """The accepted rows against those that the champion learnt from."""
+
+    freshness: FreshnessGate = Field(default_factory=FreshnessGate)
+    """The newest accepted row."""
 
     supervision: SupervisionGate = Field(default_factory=SupervisionGate)
     """The tokenised rows."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from regraft.artifacts import MANIFEST, digest_file, dir_digest, read_json, verify_dir
@@ -10,8 +12,10 @@ from regraft.evaluate.answers import Answer, read_answers
 from regraft.evaluate.params import EvaluateParams
 from regraft.evaluate.report import BASE, EvaluateReport
 from regraft.evaluate.store import Stored, scores
-from regraft.gates import comparison, data, supervision, training
+from regraft.gates import comparison, data, drift, supervision, training
 from regraft.gates.params import ComparisonGate, GatesParams
+from regraft.gates.profile import NAME as PROFILE
+from regraft.gates.profile import Profile, profile, read_profile
 from regraft.gates.verdict import Check, Verdict, closed, decide, no_evidence, refuse, same
 from regraft.layout import Layout
 from regraft.model.params import Quantization
@@ -41,6 +45,8 @@ class Champion:
     """The evaluation's report that was registered with the answers; asked for where they stand in."""
     label: str = "the champion"
     """How messages call it."""
+    profile: Path | None = None
+    """What the rows were like that it learnt from."""
 
 
 def champion_evidence(
@@ -61,7 +67,8 @@ def champion_evidence(
         quantization: `model.quantization`.
         adapter: the champion's adapter, fetched and verified.
         base: digest of the base that it was trained on.
-        answers: the `answers.parquet` that was registered with it; `reports/evaluate.json` lies next to it.
+        answers: the `answers.parquet` that was registered with it; `reports/evaluate.json` and `profile.json` lie
+            next to it.
         label: how messages call it.
 
     Raises:
@@ -72,13 +79,20 @@ def champion_evidence(
     present = BaseReport.load(layout.stage("model") / "report.json").digest
     scored = scores(layout, params, quantization, adapter) if base == present else None
     report = answers.parent / "reports/evaluate.json"
-    return Champion(adapter=adapter_digest(adapter), answers=answers, scored=scored, report=report, label=label)
+    return Champion(
+        adapter=adapter_digest(adapter),
+        answers=answers,
+        scored=scored,
+        report=report,
+        label=label,
+        profile=answers.parent / PROFILE,
+    )
 
 
 def judge_run(layout: Layout, params: GatesParams, champion: Champion | None) -> Verdict:
-    """Ask the gates data, supervision, training and comparison about the present run, and join their answers.
+    """Ask the gates data, drift, freshness, supervision, training and comparison about the present run; join the answers.
 
-    Writes nothing. The verdict is about the adapter in `data/work/train` and names the digests of adapter, base,
+    Writes nothing; freshness asks the clock. The verdict is about the adapter in `data/work/train` and names the digests of adapter, base,
     tokenizer, data (training blocks), rows (accepted rows), holdout and champion.
     """
     judged, problem = _present(layout)
@@ -94,6 +108,17 @@ def judge_run(layout: Layout, params: GatesParams, champion: Champion | None) ->
         report = ValidateReport.load(_verified(folder, "report.json"))
         rows = digest_file(_verified(folder, "rows.parquet"))
         return data.judge_data(params.data, report, rows=rows, expected=pick("rows"))
+
+    def ask_drift() -> Verdict:
+        return drift.judge_drift(params.drift, rows_now(), rows_of(champion), judged=pick("rows"))
+
+    def ask_freshness() -> Verdict:
+        now = datetime.now(UTC)
+        return drift.judge_freshness(params.freshness, rows_now(), rows_of(champion), now=now, judged=pick("rows"))
+
+    @cache
+    def rows_now() -> Profile:
+        return profile(_verified(layout.stage("validate"), "rows.parquet"))
 
     def ask_supervision() -> Verdict:
         report = PreprocessReport.load(_verified(layout.stage("preprocess"), "report.json"))
@@ -112,11 +137,40 @@ def judge_run(layout: Layout, params: GatesParams, champion: Champion | None) ->
 
     verdicts = [
         closed(data.GATE, judged, ask_data),
+        *_at(params.drift.level, closed(drift.DRIFT, judged, ask_drift)),
+        *_at(params.freshness.level, closed(drift.FRESHNESS, judged, ask_freshness)),
         closed(supervision.GATE, judged, ask_supervision),
         closed(training.GATE, judged, ask_training),
         judge(params.comparison, evaluated=layout.stage("evaluate"), champion=champion, judged=judged),
     ]
     return all_gates(verdicts, judged)
+
+
+def rows_of(champion: Champion | None) -> Profile | None:
+    """Return what the champion's rows were like; None where there is no champion.
+
+    Raises:
+        MissingInput: it was registered without a profile.
+        DamagedArtifact: the profile is unreadable.
+    """
+    if champion is None or champion.profile is None:
+        return None
+    if not champion.profile.is_file():
+        raise MissingInput(
+            f"{champion.label} was registered without {PROFILE}",
+            fix="set gates.drift.level and gates.freshness.level to warn, until a new champion has one",
+        )
+    return read_profile(champion.profile)
+
+
+def _at(level: str, verdict: Verdict) -> list[Verdict]:
+    """Return what a gate's level leaves of its verdict, to be joined: nothing for `off`, nothing decisive for `warn`."""
+    if level == "off":
+        return []
+    if level == "block":
+        return [verdict]
+    checks = [each.model_copy(update={"decisive": False}) for each in verdict.checks]
+    return [verdict.model_copy(update={"checks": checks, "reasons": [], "passed": True})]
 
 
 def all_gates(verdicts: list[Verdict], judged: Mapping[str, str]) -> Verdict:

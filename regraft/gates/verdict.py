@@ -127,13 +127,16 @@ def explain(verdict: Verdict) -> list[str]:
     """Return the verdict in sentences: the answer first, then what speaks against it, then what was found."""
     failed = [each for each in verdict.checks if each.decisive and not each.passed]
     found = [each for each in verdict.checks if each not in failed and not each.name.startswith("slice[")]
+    noted = []
     if verdict.gate == "run":  # of what went well, only the comparison is news
+        noted = [each for each in found if not each.passed and each.name.startswith(("drift.", "freshness."))]
         found = [each for each in found if each.name.startswith("comparison.") and ".slice[" not in each.name]
     champion = verdict.judged.get("champion", "none")
     against = "no champion yet" if champion == "none" else f"champion {champion[:8]}"
     answer = "Yes" if verdict.passed else "No"
     first = f"{answer}: challenger {verdict.judged.get('adapter', 'unknown')[:8]}, {against}."
-    return [first, *(f"against: {each.detail}" for each in failed), *(each.detail for each in found)]
+    told = [*(f"against: {each.detail}" for each in failed), *(each.detail for each in found)]
+    return [first, *told, *(f"note: {each.name.split('.')[0]}: {each.detail}" for each in noted)]
 
 
 def save_verdict(verdict: Verdict, folder: Path) -> str:

@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from regraft.artifacts import commit_dir, dir_digest, write_file
+from regraft.artifacts import commit_dir, dir_digest, write_file, write_json
 from regraft.errors import DamagedArtifact, GateRefused, MissingInput, ServiceUnavailable
 from regraft.failpoints import failpoint
+from regraft.gates.profile import NAME as PROFILE
+from regraft.gates.profile import profile
 from regraft.gates.verdict import VERDICT
 from regraft.layout import STAGES, Layout
 from regraft.lineage import describe, write
@@ -228,6 +230,7 @@ def _bundle(layout: Layout, evidence: Evidence, resolved: dict[str, Any] | None)
         shutil.copytree(layout.stage("train") / "adapter", folder / "adapter")
         _reports(layout, folder / "reports")
         shutil.copyfile(layout.stage("evaluate") / ANSWERS, folder / "answers.parquet")
+        write_json(folder / PROFILE, profile(layout.stage("validate") / "rows.parquet").to_dict())
         (folder / VERDICT).write_bytes(evidence.verdict_data)
         write(folder, content)
     return bundle

@@ -155,8 +155,9 @@ def _flow_process(project: Project, pool: str, flow: str) -> psutil.Process:
     raise AssertionError(f"no process works on the run {wanted}")
 
 
-def _is_training(project: Project) -> bool:
-    return next(iter(project.root.glob("data/work/checkpoints/*/step-*")), None) is not None
+def _trainings(project: Project) -> set[str]:
+    """Trainings that have left a checkpoint, by the name of their folder."""
+    return {step.parent.name for step in project.root.glob("data/work/checkpoints/*/step-*")}
 
 
 def _look_often(root: Path) -> None:
@@ -236,7 +237,7 @@ def test_a_killed_flow_is_taken_up_by_the_next_command_and_a_killed_worker_costs
     project.start("worker-gpu", "regraft", "worker", "gpu")
 
     # The flow dies in the middle of training; the stage is another worker's and goes on.
-    project.wait("a checkpoint", lambda: _is_training(project), 600)
+    project.wait("a checkpoint", lambda: bool(_trainings(project)), 600)
     _flow_process(project, "cpu", "retrain").kill()
     project.wait("the end of the killed run", lambda: project.ended("retrain") == ["Crashed"], 400)
     deadline = time.monotonic() + 400
@@ -247,9 +248,11 @@ def test_a_killed_flow_is_taken_up_by_the_next_command_and_a_killed_worker_costs
     assert (project.root / "data/work/train/manifest.json").read_bytes() == wanted
 
     # The worker of the accelerators dies in the middle of training; what it had started goes on.
+    known, ended = _trainings(project), len(project.ended("retrain"))
     small_clone.second_batch(project.root)
-    project.wait("a checkpoint", lambda: len(project.runs("stage")) >= 3 and _is_training(project), 600)
+    project.wait("a checkpoint", lambda: bool(_trainings(project) - known), 600)
     _worker_process(project, "gpu").kill()
     project.start("worker-gpu-again", "regraft", "worker", "gpu")
-    project.wait("the second retraining", lambda: "Promoted" in project.ended("retrain")[1:], 900)
+    project.wait("the second retraining", lambda: len(project.ended("retrain")) > ended, 900)
+    assert project.ended("retrain")[-1] == "Promoted", project.runs("retrain")[-1]["state"]["message"]
     assert project.regraft("status")["champion"]["number"] == 2

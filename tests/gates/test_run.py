@@ -4,14 +4,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import clones
 import pytest
 
-from regraft.artifacts import commit_dir, digest_bytes
+from regraft.artifacts import commit_dir, digest_bytes, write_json
 from regraft.evaluate.answers import Answer, read_answers, summarise, write_answers
 from regraft.evaluate.params import EvaluateParams
 from regraft.evaluate.report import EvaluateReport
 from regraft.evaluate.store import Stored
 from regraft.gates.params import GatesParams
+from regraft.gates.profile import profile
 from regraft.gates.run import Champion, champion_evidence, judge_run
 from regraft.gates.verdict import Verdict, explain
 from regraft.layout import Layout
@@ -19,7 +21,7 @@ from regraft.model.adapter import adapter_digest
 from regraft.model.params import Quantization
 
 Make = Callable[..., list[Answer]]
-ROWS = b"rows"
+ROWS = clones.accepted(200)
 SLICES = {"action": "track_order"}
 
 
@@ -129,7 +131,9 @@ def test_a_good_run_passes_every_gate_and_the_verdict_names_what_it_judged(run: 
     assert verdict.passed
     assert verdict.gate == "run"
     assert verdict.judged == {**run.digests, "champion": "c" * 64}
-    assert {each.name.split(".")[0] for each in verdict.checks} == {"data", "supervision", "training", "comparison"}
+    assert {each.name.split(".")[0] for each in verdict.checks} == {
+        *("data", "drift", "freshness", "supervision", "training", "comparison")
+    }
     assert "On the 60 new rows (action=book_repair) the challenger answers 95 % exactly, the champion 0 %" in "\n".join(
         explain(verdict)
     )
@@ -312,3 +316,28 @@ def test_the_champions_evidence_is_taken_from_the_store_only_for_the_present_bas
     assert (here.scored is None, elsewhere.scored is None) == (False, True)
     assert here.adapter == run.digests["adapter"]
     assert elsewhere.report == run.champion.answers.parent / "reports/evaluate.json"
+
+
+@pytest.mark.parametrize("level", ["off", "warn", "block"])
+def test_drift_refuses_warns_or_is_not_asked_as_its_level_says(level: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "old.parquet").write_bytes(clones.accepted(200, action="repair", month=8))
+    write_json(tmp_path / "profile.json", profile(tmp_path / "old.parquet").to_dict())
+    champion = replace(run.champion, profile=tmp_path / "profile.json")
+    params = GatesParams.model_validate({"drift": {"level": level}, "freshness": {"level": level}})
+    verdict = judge_run(run.layout, params, champion)
+    drifted = [each for each in verdict.checks if each.name == "drift.slice action"]
+    assert [each.passed for each in drifted] == ([] if level == "off" else [False])
+    assert verdict.passed is (level != "block")
+    told = [line for line in explain(verdict) if line.startswith("note: drift: slice action: changed")]
+    assert len(told) == (level == "warn")
+
+
+@pytest.mark.parametrize(("level", "passed"), [("warn", True), ("block", False)])
+def test_a_champion_that_was_registered_without_a_profile_is_no_evidence_against_drift(
+    level: str, passed: bool, run: Run, tmp_path: Path
+) -> None:
+    champion = replace(run.champion, profile=tmp_path / "gone.json")
+    verdict = judge_run(run.layout, GatesParams.model_validate({"drift": {"level": level}}), champion)
+    assert verdict.passed is passed
+    found = [each for each in verdict.checks if each.name == "drift.evidence"]
+    assert ["registered without profile.json" in each.detail for each in found] == [True]
