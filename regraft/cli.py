@@ -106,6 +106,24 @@ def diff(
     answer(found, status.difference_lines(found), as_json=as_json)
 
 
+@app.command(rich_help_panel=WHOLE)
+def reproduce(
+    version: Annotated[str, typer.Argument(help=WHICH)],
+    out: Annotated[Path, typer.Option("--out", help="A new folder outside the clone: the checkout to make it in.")],
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Make a version again from its lineage in a clean checkout, and say: bit-equal, metric-equal or drifted, and where."""
+    layout = clone(root)
+    from regraft import settings
+    from regraft.reproduce import reproduce as rebuild
+
+    found = rebuild(layout, settings.load(layout), version, out)
+    answer(found.to_dict(), found.lines(), as_json=as_json)
+    if found.state == "drifted":
+        raise typer.Exit(Exit.FAILED)
+
+
 @app.command(rich_help_panel=STAGES)
 def model(with_upstream: Upstream = False, root: Root = HERE, as_json: Json = False) -> None:
     """Make the base model ready: train the stand-in, or check the pinned weights."""

@@ -78,7 +78,7 @@ def describe(layout: Layout, evidence: Evidence, code: _Json, *, resolved: _Json
         "environment": {
             "lock": digest_file(lock) if (lock := layout.root / "requirements.lock").is_file() else None,
             "python": platform.python_version(),
-            "packages": _packages(),
+            "packages": packages(),
             "hardware": _hardware(layout),
         },
         "seed": train.get("seed"),
@@ -130,7 +130,8 @@ def _at(params: _Json, name: str) -> Any:
     return current
 
 
-def _packages() -> dict[str, str | None]:
+def packages() -> dict[str, str | None]:
+    """Return the installed version of each package whose version can change a result; null where it is not there."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:

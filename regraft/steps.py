@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from regraft import pipeline, signals
 from regraft.artifacts import read_json, write_json
-from regraft.errors import GateRefused, RegraftError
+from regraft.errors import DamagedArtifact, GateRefused, RegraftError
 from regraft.gates.verdict import Verdict, save_verdict
 from regraft.layout import Layout
 from regraft.pipeline import StageResult
@@ -57,18 +57,27 @@ def bring_up(layout: Layout, settings: Settings, stage: str) -> StageResult:
     return result
 
 
+def present_parts(layout: Layout) -> dict[str, str]:
+    """Return the parts of the identity of the adapter that the stages made.
+
+    Raises:
+        MissingInput, DamagedArtifact: there is no whole training.
+    """
+    report = read_json(layout.stage("train") / "report.json")
+    names = ("adapter_digest", "base_digest", "tokenizer_digest", "dataset_digest", "params_digest")
+    try:
+        return dict(
+            zip(("adapter", "base", "tokenizer", "data", "params"), (report[each] for each in names), strict=True)
+        )
+    except (KeyError, TypeError) as error:
+        raise DamagedArtifact(f"the report of `train` lacks {error}", fix="regraft train") from error
+
+
 def present_identity(layout: Layout) -> str | None:
     """Return the identity of the adapter that the stages made; None before the first training."""
     try:
-        report = read_json(layout.stage("train") / "report.json")
-        return identity(
-            adapter=report["adapter_digest"],
-            base=report["base_digest"],
-            tokenizer=report["tokenizer_digest"],
-            data=report["dataset_digest"],
-            params=report["params_digest"],
-        )
-    except (RegraftError, KeyError, TypeError):
+        return identity(**present_parts(layout))
+    except RegraftError:
         return None
 
 

@@ -39,7 +39,7 @@ def clone(tmp_path: Path) -> Path:
 def test_the_commands_are_the_ones_that_are_documented() -> None:
     assert set(COMMANDS) == {
         *("model", "validate", "preprocess", "train", "evaluate", "register", "promote", "rollback", "export"),
-        *("retrain", "lineage", "diff", "status", "deploy", "worker", "watch"),
+        *("retrain", "lineage", "diff", "reproduce", "status", "deploy", "worker", "watch"),
         *("merge", "verify"),
     }
 

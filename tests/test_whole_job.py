@@ -120,6 +120,27 @@ def test_a_second_batch_retrains_compares_with_the_champion_and_wins_on_the_new_
     assert regraft(clone, "retrain")[1]["state"] == "nothing to do", "a rollback is a person's word"
 
 
+@pytest.mark.extended
+def test_a_version_is_made_again_from_its_lineage_byte_for_byte_and_a_damaged_way_back_is_named(
+    through_flow: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    clone = copy(through_flow[0], tmp_path / "clone")
+    code, found = regraft(clone, "reproduce", "1", "--out", str(tmp_path / "again"))
+    assert (code, found["state"], found["differs"]) == (0, "bit-equal", [])
+    assert found["exact_match"]["registered"] == found["exact_match"]["rebuilt"] > 0.3
+    assert manifests(tmp_path / "again") == manifests(clone)
+    assert regraft(clone, "reproduce", "1", "--out", str(tmp_path / "again"))[0] == 2, "the folder exists"
+    assert regraft(clone, "reproduce", "1", "--out", str(clone / "inside"))[0] == 2, "it would be in the clone"
+
+    lineage = regraft(clone, "lineage", "1")[1]
+    subprocess.run(["git", "update-ref", "-d", lineage["code"]["ref"]], cwd=clone, check=True)
+    subprocess.run(["git", "reflog", "expire", "--expire=now", "--all"], cwd=clone, check=True)
+    subprocess.run(["git", "gc", "-q", "--prune=now"], cwd=clone, check=True)
+    code, found = regraft(clone, "reproduce", "1", "--out", str(tmp_path / "third"))
+    assert code == 1
+    assert lineage["code"]["ref"] in found["error"]["fix"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(through_dvc: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The train stage's manifest after a training that nothing disturbed, with another learning rate."""
