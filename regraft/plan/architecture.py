@@ -53,7 +53,7 @@ class Architecture:
     gated: bool
     """The feed-forward layer multiplies two projections."""
     norms: int
-    """Norms over the residual stream, in a layer."""
+    """Norms in a layer that each read an input of their own; two that read the same one keep it once."""
     layer_norm: bool
     """LayerNorm, one kernel, instead of RMSNorm, which is several."""
     head_norms: bool
@@ -156,6 +156,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 44,
         "num_attention_heads": 64,
         "attention_bias": True,
+        "use_parallel_residual": True,
         "tie_word_embeddings": False,
         "max_position_embeddings": 2048,
     },
@@ -349,7 +350,8 @@ def _gpt_neox(c: dict[str, Any]) -> Architecture:
     weights += _layer_norm("gpt_neox.final_layer_norm", hidden)
     weights += _output("lm_head", c, hidden)
     heads, context = c["num_attention_heads"], c["max_position_embeddings"]
-    return _plain("gpt_neox", c, weights, layers, hidden, inner, heads, heads, context)
+    own = 1 if c["use_parallel_residual"] else 2
+    return _plain("gpt_neox", c, weights, layers, hidden, inner, heads, heads, context, norms=own)
 
 
 def _falcon(c: dict[str, Any]) -> Architecture:
@@ -373,7 +375,8 @@ def _falcon(c: dict[str, Any]) -> Architecture:
     weights += _layer_norm("transformer.ln_f", hidden)
     weights += _output("lm_head", c, hidden)
     context = c["max_position_embeddings"]
-    return _plain("falcon", c, weights, layers, hidden, inner, heads, kv_heads, context, norms=len(norms))
+    own = 1 if c["parallel_attn"] else 2
+    return _plain("falcon", c, weights, layers, hidden, inner, heads, kv_heads, context, norms=own)
 
 
 def _plain(

@@ -1,0 +1,133 @@
+"""What of the parameters decides how much memory a training takes, and which layers get an adapter."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from regraft.errors import ParamsError
+from regraft.model.adapter import matches
+from regraft.model.params import ModelParams
+from regraft.plan.architecture import Architecture
+from regraft.train.params import TrainParams
+
+_ATTENTION, _MLP = re.compile(r"attn|attention"), re.compile(r"mlp|feed_forward|ffn|experts|moe")
+_QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "q", "v")
+GROUPS = ("all-linear", "attention", "q+v", "mlp")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One configuration of a training, as far as memory goes."""
+
+    bits: int = 4
+    double_quant: bool = True
+    skip_modules: tuple[str, ...] = ()
+    compute_bytes: int = 2
+    """Bytes of a value that matrices are multiplied in: 2 for bf16 and fp16, 4 for fp32."""
+    method: str = "lora"
+    rank: int = 16
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: bool = False
+    dora: bool = False
+    prompt_tokens: int = 16
+    batch: int = 8
+    length: int = 1024
+    """Tokens of a packed block."""
+    accumulation: int = 1
+    trained: float = 1.0
+    """Share of the tokens that carry a loss: logits exist only for them."""
+    checkpointing: bool = False
+    optimizer: str = "adamw_torch"
+    attention: str = "mask"
+    """What keeps packed documents apart: a `mask` over all pairs of positions, a kernel that knows `lengths`, or plain
+    matrix products (`eager`)."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model at once."""
+        return self.batch * self.length
+
+    def but(self, **changes: object) -> "Setup":
+        """Return a copy with other values."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def setup_from(
+    train: TrainParams, model: ModelParams, *, length: int, trained: float = 1.0, on_gpu: bool = True
+) -> Setup:
+    """Read a setup out of the parameters.
+
+    Args:
+        train: section `train`.
+        model: section `model`.
+        length: tokens of a packed block.
+        trained: share of the tokens that carry a loss; 1 where that is not known yet.
+        on_gpu: `compute_dtype: auto` is 16 bits there, and fp32 on a CPU.
+    """
+    given, quantization = train.model_dump(), model.quantization
+    targets = train.target_modules
+    sixteen = quantization.compute_dtype in ("bf16", "fp16") or (quantization.compute_dtype == "auto" and on_gpu)
+    return Setup(
+        bits=quantization.bits,
+        double_quant=quantization.double_quant,
+        skip_modules=tuple(quantization.skip_modules),
+        compute_bytes=2 if sixteen else 4,
+        method=given.get("method", "lora"),
+        rank=train.rank,
+        rank_pattern=tuple(given.get("rank_pattern", {}).items()),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        dropout=train.dropout > 0,
+        dora=given.get("dora", False),
+        prompt_tokens=given.get("prompt_tokens", 16),
+        batch=train.batch_size,
+        length=length,
+        accumulation=train.accumulation,
+        trained=trained,
+        checkpointing=train.gradient_checkpointing,
+        optimizer=train.optimizer,
+        attention={"flex": "lengths", "varlen": "lengths", "eager": "eager"}.get(model.attention, "mask"),
+    )
+
+
+def adapted(architecture: Architecture, setup: Setup) -> dict[str, tuple[int, int, int]]:
+    """Return (out, in, rank) of every layer that carries an adapter.
+
+    Raises:
+        ParamsError: `target_modules` names no layer.
+    """
+    if setup.method != "lora":
+        return {}
+    linears = architecture.linears()
+    names = set(_chosen(linears, setup.targets))
+    patterns = dict(setup.rank_pattern)
+    found = {}
+    for name, shape in linears.items():
+        if name in names:
+            rank = next((r for key, r in patterns.items() if re.search(rf"(^|\.){key}$", name)), setup.rank)
+            found[name] = (*shape, rank)
+    if not found:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+        raise ParamsError(
+            f"train.target_modules: {setup.targets} names no linear layer; this base has {known}",
+            fix="edit params.yaml",
+        )
+    return found
+
+
+def _chosen(names: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
+    if isinstance(targets, tuple):
+        return [name for name in names if matches(name, targets)]
+    if targets == "all-linear":
+        return list(names)
+    if targets == "mlp":
+        return [n for n in names if _MLP.search(_parent(n)) and not _ATTENTION.search(_parent(n))]
+    if targets in ("attention", "q+v"):
+        inside = [name for name in names if _ATTENTION.search(_parent(name))]
+        return inside if targets == "attention" else [n for n in inside if n.rpartition(".")[2] in _QUERY_VALUE]
+    return [name for name in names if re.fullmatch(targets, name)]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
