@@ -40,7 +40,7 @@ def test_the_commands_are_the_ones_that_are_documented() -> None:
     assert set(COMMANDS) == {
         *("model", "validate", "preprocess", "train", "evaluate", "register", "promote", "rollback", "export"),
         *("retrain", "lineage", "diff", "status", "deploy", "worker", "watch"),
-        *("merge", "verify"),
+        *("merge", "verify", "plan", "inspect"),
     }
 
 

@@ -84,8 +84,8 @@ def after(expected: Expected | None, layout: Layout) -> None:
         found: dict[str, Any] = json.loads(measurements.read_bytes())
     except (OSError, ValueError):
         return
-    used = _used(expected, found)
-    if used <= 0 or not found.get("steps"):
+    used = _used(expected) if found.get("steps") else 0
+    if used <= 0:
         return
     plan = {"device": expected.device, "predicted_mb": round(expected.total / 2**20, 1)}
     plan |= {"used_mb": round(used / 2**20, 1), "used_over_predicted": round(used / expected.total, 3)}
@@ -106,7 +106,7 @@ def _device() -> tuple[str, int, bool]:
     return "cpu", int(psutil.virtual_memory().available), False
 
 
-def _used(expected: Expected, found: dict[str, Any]) -> int:
+def _used(expected: Expected) -> int:
     """Bytes of the device at the peak: what torch reserved and the context, or what the process grew by on a CPU."""
     if expected.device == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -73,7 +73,7 @@ class Prediction:
 
 
 def predict(architecture: Architecture, setup: Setup) -> Prediction:
-    """Predict the peak of a training step on one GPU.
+    """Predict the peak of a training step on one device.
 
     Raises:
         ParamsError: `target_modules` names no layer.
@@ -95,8 +95,8 @@ def predict(architecture: Architecture, setup: Setup) -> Prediction:
         optimizer=on_gpu,
         activations=kept.saved,
         logits=kept.logits,
-        workspace=max(0, kept.backward - kept.logits) + LIBRARIES,
-        context=CUDA_CONTEXT,
+        workspace=max(0, kept.backward - kept.logits) + (LIBRARIES if setup.on_gpu else 0),
+        context=CUDA_CONTEXT if setup.on_gpu else 0,
         trainable=sum(trained),
         paged=paged,
     )

@@ -44,6 +44,9 @@ class Setup:
     """What keeps packed documents apart: a `mask` over all pairs of positions, a kernel that knows `lengths`, or plain
     matrix products (`eager`)."""
 
+    on_gpu: bool = True
+    """A CPU has no context of a driver and no workspace of cuBLAS."""
+
     @property
     def tokens(self) -> int:
         """Tokens that go through the model at once."""
@@ -77,6 +80,7 @@ def setup_from(
         method=given.get("method", "lora"),
         rank=train.rank,
         rank_pattern=tuple(given.get("rank_pattern", {}).items()),
+        on_gpu=on_gpu,
         targets=targets if isinstance(targets, str) else tuple(targets),
         dropout=train.dropout > 0,
         dora=given.get("dora", False),
