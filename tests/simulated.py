@@ -67,7 +67,9 @@ def step(config: Any, setup: Setup) -> dict[str, int]:
         output = model.get_output_embeddings()
         names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output]
         if setup.bits == 4:
-            for name in names:
+            # as transformers chooses: a subclass of Linear stays
+            chosen = [n for n in names if type(model.get_submodule(n)) in (torch.nn.Linear, Conv1D)]
+            for name in chosen:
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, _quantized(model.get_submodule(name)))
             model.is_loaded_in_4bit = True

@@ -8,7 +8,7 @@ the input of A and of B. With checkpointing only each layer's input is kept, and
 from dataclasses import dataclass
 
 from regraft.plan.architecture import Architecture
-from regraft.plan.setup import Setup, adapted
+from regraft.plan.setup import Setup, adapted, is_quantized, plain_bytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def activations(architecture: Architecture, setup: Setup) -> Kept:
 
 
 def _stream(setup: Setup) -> int:
-    return 4 if setup.bits < 16 or setup.method == "full" else setup.compute_bytes
+    return max(setup.compute_bytes, plain_bytes(setup))
 
 
 def _layers(a: Architecture, setup: Setup) -> dict[int, int]:
@@ -101,7 +101,10 @@ def _first_layer_saves(a: Architecture, setup: Setup) -> int:
 
 
 def _casts(a: Architecture, setup: Setup) -> int:
-    """16-bit copies of fp32 weights that autocast makes and the backward pass keeps: A and B."""
+    """16-bit copies of fp32 weights that autocast makes and the backward pass keeps: A, B, linear layers held in fp32."""
     if setup.compute_bytes == 4:
         return 0
-    return setup.compute_bytes * sum(rank * (out + into) for out, into, rank in adapted(a, setup).values())
+    copies = sum(rank * (out + into) for out, into, rank in adapted(a, setup).values())
+    if plain_bytes(setup) == 4:
+        copies += sum(w.size for w in a.weights if w.kind == "linear" and not is_quantized(a, w, setup))
+    return setup.compute_bytes * copies

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError
+from regraft.plan.defaults import DEFAULTS
 
 Kind = Literal["linear", "output", "embedding", "experts", "small"]
 
@@ -74,109 +75,7 @@ class Architecture:
         return {w.name: (w.shape[0], w.shape[1]) for w in self.weights if w.kind == "linear"}
 
 
-_LLAMA: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": None,
-}
-_GEMMA = {**_LLAMA, "vocab_size": 256000, "tie_word_embeddings": True, "head_dim": 256}
-_GEMMA2 = {
-    **_GEMMA,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8},
-    "qwen2": {**_LLAMA, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
-    "qwen3": {
-        **_LLAMA,
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-    },
-    "gemma": {
-        **_GEMMA,
-        "hidden_size": 3072,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-    },
-    "gemma2": {**_GEMMA2, "final_logit_softcapping": 30.0},
-    "gemma3_text": {**_GEMMA2, "vocab_size": 262208, "final_logit_softcapping": None},
-    "phi3": {**_LLAMA, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192},
-    "exaone4": {**_LLAMA, "vocab_size": 102400, "intermediate_size": 16384, "num_key_value_heads": 32},
-    "mixtral": {
-        **_LLAMA,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    "qwen3_moe": {
-        **_LLAMA,
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 24,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 768,
-        "num_experts": None,
-        "num_local_experts": 128,
-        "num_experts_per_tok": 8,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": None,
-    },
-    "gpt2": {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": 768,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_inner": None,
-        "tie_word_embeddings": True,
-    },
-    "gpt_neox": {
-        "vocab_size": 50432,
-        "hidden_size": 6144,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 44,
-        "num_attention_heads": 64,
-        "attention_bias": True,
-        "use_parallel_residual": True,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 2048,
-    },
-    "falcon": {
-        "vocab_size": 65024,
-        "hidden_size": 4544,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 71,
-        "num_kv_heads": None,
-        "num_ln_in_parallel_attn": None,
-        "new_decoder_architecture": False,
-        "multi_query": True,
-        "parallel_attn": True,
-        "bias": False,
-        "ffn_hidden_size": None,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 2048,
-    },
-}
-FAMILIES = tuple(sorted(_DEFAULTS))
+FAMILIES = tuple(sorted(DEFAULTS))
 """Values of `model_type` that are known here."""
 
 
@@ -212,12 +111,12 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         tie = {k: config[k] for k in ("tie_word_embeddings",) if k in config}
         config = {**tie, **config["text_config"]}
     family = str(config.get("model_type"))
-    if family not in _DEFAULTS:
+    if family not in DEFAULTS:
         raise ParamsError(
             f"no plan for the model type {family!r}; known are {', '.join(FAMILIES)}",
             fix="name the config.json of a known family whose shapes are alike, or run without a plan",
         )
-    c = {**_DEFAULTS[family], **{key: value for key, value in config.items() if key in _DEFAULTS[family]}}
+    c = {**DEFAULTS[family], **{key: value for key, value in config.items() if key in DEFAULTS[family]}}
     try:
         if family == "gpt2":
             return _gpt2(c)

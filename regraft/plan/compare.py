@@ -12,7 +12,7 @@ def methods(architecture: Architecture, setup: Setup) -> list[tuple[str, Predict
     """Predict full fine-tuning, LoRA on 16 bits, int8 and NF4, each without and with checkpointing."""
     lora = setup.but(method="lora")
     kinds = {
-        "full": setup.but(method="full", bits=16),
+        "full": setup.but(method="full", bits=32),
         "LoRA, 16 bits": lora.but(bits=16),
         "LoRA, int8": lora.but(bits=8),
         "QLoRA, NF4": lora.but(bits=4, double_quant=True),

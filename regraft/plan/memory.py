@@ -8,9 +8,10 @@ tests compare with the same step traced without data). The CUDA context is a gue
 import math
 from dataclasses import dataclass
 
+from regraft.model.adapter import matches
 from regraft.plan.activations import activations
-from regraft.plan.architecture import Architecture, Weight
-from regraft.plan.setup import Setup, adapted
+from regraft.plan.architecture import Architecture
+from regraft.plan.setup import Setup, adapted, is_quantized, plain_bytes
 
 MIB = 2**20
 _BLOCK, _NESTED = 64, 256
@@ -84,6 +85,8 @@ def predict(architecture: Architecture, setup: Setup) -> Prediction:
         new += [out for out, _, _ in adapted(architecture, setup).values()]
     if setup.method == "prompt":
         new = [setup.prompt_tokens * architecture.hidden]
+    new += [w.size for w in architecture.weights if setup.saved and matches(w.name, setup.saved)]
+    new += [architecture.hidden] * setup.new_tokens
     trained = [w.size for w in architecture.weights] if setup.method == "full" else new
     on_gpu, paged = _optimizer(trained, setup.optimizer)
     kept = activations(architecture, setup)
@@ -111,21 +114,6 @@ def quantized_bytes(values: int, rows: int, bits: int, *, double_quant: bool) ->
     if not double_quant:
         return packed + 4 * blocks + code
     return packed + blocks + 4 * math.ceil(blocks / _NESTED) + 4 + code + 256 * 4  # the scales' own code book
-
-
-def is_quantized(architecture: Architecture, weight: Weight, setup: Setup) -> bool:
-    """Say whether a weight is held in fewer than 16 bits."""
-    if architecture.family == "falcon":  # a linear layer of its own class, which transformers 5.23 leaves as it is
-        return False
-    skipped = any(weight.name.startswith(name) or weight.name.endswith(name) for name in setup.skip_modules)
-    return weight.kind == "linear" and setup.bits < 16 and setup.method != "full" and not skipped
-
-
-def plain_bytes(setup: Setup) -> int:
-    """Bytes of a value of the base that is not quantised: training casts what a quantised base leaves over to fp32."""
-    if setup.method == "full" or setup.bits in (4, 8, 32):
-        return 4
-    return setup.compute_bytes
 
 
 def _weights(architecture: Architecture, setup: Setup) -> tuple[int, int]:

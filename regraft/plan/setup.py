@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from regraft.errors import ParamsError
 from regraft.model.adapter import matches
 from regraft.model.params import ModelParams
-from regraft.plan.architecture import Architecture
-from regraft.train.params import TrainParams
-
-_ATTENTION, _MLP = re.compile(r"attn|attention"), re.compile(r"mlp|feed_forward|ffn|experts|moe")
-_QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "q", "v")
-GROUPS = ("all-linear", "attention", "q+v", "mlp")
+from regraft.plan.architecture import Architecture, Weight
+from regraft.train.params import PRESETS, TrainParams
+from regraft.train.targets import in_group
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,10 @@ class Setup:
     dropout: bool = False
     dora: bool = False
     prompt_tokens: int = 16
+    saved: tuple[str, ...] = ()
+    """Modules that are trained whole (`modules_to_save`)."""
+    new_tokens: int = 0
+    """Embeddings that are trained by themselves (`trainable_tokens`)."""
     batch: int = 8
     length: int = 1024
     """Tokens of a packed block."""
@@ -69,7 +70,7 @@ def setup_from(
         trained: share of the tokens that carry a loss; 1 where that is not known yet.
         on_gpu: `compute_dtype: auto` is 16 bits there, and fp32 on a CPU.
     """
-    given, quantization = train.model_dump(), model.quantization
+    quantization = model.quantization
     targets = train.target_modules
     sixteen = quantization.compute_dtype in ("bf16", "fp16") or (quantization.compute_dtype == "auto" and on_gpu)
     return Setup(
@@ -77,22 +78,37 @@ def setup_from(
         double_quant=quantization.double_quant,
         skip_modules=tuple(quantization.skip_modules),
         compute_bytes=2 if sixteen else 4,
-        method=given.get("method", "lora"),
+        method=train.method,
         rank=train.rank,
-        rank_pattern=tuple(given.get("rank_pattern", {}).items()),
+        rank_pattern=tuple(train.rank_pattern.items()),
         on_gpu=on_gpu,
         targets=targets if isinstance(targets, str) else tuple(targets),
         dropout=train.dropout > 0,
-        dora=given.get("dora", False),
-        prompt_tokens=given.get("prompt_tokens", 16),
+        dora=train.dora,
+        prompt_tokens=train.prompt_tokens,
         batch=train.batch_size,
         length=length,
         accumulation=train.accumulation,
         trained=trained,
         checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer,
-        attention={"flex": "lengths", "varlen": "lengths", "eager": "eager"}.get(model.attention, "mask"),
+        attention=_attention(model.attention, on_gpu),
+        saved=tuple(train.modules_to_save),
+        new_tokens=len(train.trainable_tokens),
     )
+
+
+def is_quantized(architecture: Architecture, weight: Weight, setup: Setup) -> bool:
+    """Say whether a weight is held in fewer than 16 bits."""
+    if architecture.family == "falcon":  # a linear layer of its own class, which transformers 5.23 leaves as it is
+        return False
+    skipped = any(weight.name.startswith(name) or weight.name.endswith(name) for name in setup.skip_modules)
+    return weight.kind == "linear" and setup.bits < 16 and not skipped
+
+
+def plain_bytes(setup: Setup) -> int:
+    """Bytes of a value of the base that is not quantised: training casts what a quantised base leaves over to fp32."""
+    return 2 if setup.bits == 16 else 4
 
 
 def adapted(architecture: Architecture, setup: Setup) -> dict[str, tuple[int, int, int]]:
@@ -109,7 +125,7 @@ def adapted(architecture: Architecture, setup: Setup) -> dict[str, tuple[int, in
     found = {}
     for name, shape in linears.items():
         if name in names:
-            rank = next((r for key, r in patterns.items() if re.search(rf"(^|\.){key}$", name)), setup.rank)
+            rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), setup.rank)
             found[name] = (*shape, rank)
     if not found:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
@@ -123,15 +139,12 @@ def adapted(architecture: Architecture, setup: Setup) -> dict[str, tuple[int, in
 def _chosen(names: Iterable[str], targets: str | tuple[str, ...]) -> list[str]:
     if isinstance(targets, tuple):
         return [name for name in names if matches(name, targets)]
-    if targets == "all-linear":
-        return list(names)
-    if targets == "mlp":
-        return [n for n in names if _MLP.search(_parent(n)) and not _ATTENTION.search(_parent(n))]
-    if targets in ("attention", "q+v"):
-        inside = [name for name in names if _ATTENTION.search(_parent(name))]
-        return inside if targets == "attention" else [n for n in inside if n.rpartition(".")[2] in _QUERY_VALUE]
+    if targets in PRESETS:
+        return [name for name in names if in_group(name, targets)]
     return [name for name in names if re.fullmatch(targets, name)]
 
 
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
+def _attention(asked: str, on_gpu: bool) -> str:
+    if asked == "auto":
+        return "lengths" if on_gpu else "mask"
+    return {"flex": "lengths", "varlen": "lengths", "eager": "eager"}.get(asked, "mask")

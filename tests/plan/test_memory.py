@@ -159,7 +159,7 @@ def test_nf4_with_double_quantisation_takes_half_a_byte_and_a_127th_of_a_bit_mor
 
 def test_full_fine_tuning_takes_sixteen_bytes_for_each_parameter() -> None:
     model = architecture({"model_type": "gpt2"})
-    found = predict(model, Setup(method="full"))
+    found = predict(model, Setup(method="full", bits=32))
     assert found.base + found.unquantized + found.gradients + found.optimizer == 16 * model.parameters
     assert (found.trainable, found.adapter) == (model.parameters, 0)
 
@@ -197,9 +197,33 @@ def test_a_pattern_changes_the_rank_of_the_layers_that_it_names() -> None:
 
 
 def test_a_setup_is_what_the_parameters_say() -> None:
-    train = TrainParams(max_steps=1, rank=8, batch_size=4, accumulation=2, dropout=0.1, gradient_checkpointing=True)
+    train = TrainParams(
+        max_steps=1,
+        rank=8,
+        modules_to_save=["embed_tokens"],
+        trainable_tokens=["<a>", "<b>"],
+        batch_size=4,
+        accumulation=2,
+        dropout=0.1,
+        gradient_checkpointing=True,
+    )
     found = setup_from(train, ModelParams(), length=256, trained=0.5)
     assert found == Setup(
-        rank=8, batch=4, accumulation=2, dropout=True, checkpointing=True, length=256, trained=0.5, compute_bytes=2
+        rank=8,
+        batch=4,
+        accumulation=2,
+        dropout=True,
+        checkpointing=True,
+        length=256,
+        trained=0.5,
+        compute_bytes=2,
+        saved=("embed_tokens",),
+        new_tokens=2,
     )
     assert setup_from(train, ModelParams(), length=256, on_gpu=False).compute_bytes == 4
+
+
+def test_what_is_trained_whole_or_token_by_token_counts() -> None:
+    model = architecture({"model_type": "llama", **LLAMA})
+    more = predict(model, Setup(saved=("embed_tokens",), new_tokens=3)).trainable - predict(model, Setup()).trainable
+    assert more == 320 * 128 + 3 * 128
