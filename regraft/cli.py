@@ -15,6 +15,8 @@ from regraft import signals
 from regraft.command import Json, Root, answer, clone, crashed, interrupted, progress, refused
 from regraft.errors import Exit, RegraftError
 from regraft.export.cli import commands as merge_commands
+from regraft.inspect.cli import commands as inspect_commands
+from regraft.plan.cli import commands as plan_commands
 
 HERE = Path()
 app = typer.Typer(
@@ -28,6 +30,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(merge_commands)
+app.add_typer(plan_commands)
+app.add_typer(inspect_commands)
 STAGES, EFFECTS, WHOLE = "One stage, through DVC", "Judge, register, promote, export", "The whole job"
 Upstream = Annotated[bool, typer.Option("--with-upstream", help="Bring up to date what this stage reads, too.")]
 WHICH = "A number, an alias (champion, challenger), or the first 8 or more characters of an identity."

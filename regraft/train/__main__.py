@@ -1,5 +1,6 @@
 """`python -m regraft.train`: the stage as a process."""
 
+import importlib
 import sys
 
 from pydantic import BaseModel
@@ -21,6 +22,9 @@ def body(sections: Sections, layout: Layout) -> None:
     """Train the adapter."""
     from regraft.train.trainer import train
 
+    # By name: the plan decides whether a training starts, never what it makes, so its code is no dep of the stage.
+    plan = importlib.import_module("regraft.plan.check")
+    expected = plan.before(sections.train, sections.model, layout)
     train(
         sections.train,
         sections.model,
@@ -30,6 +34,7 @@ def body(sections: Sections, layout: Layout) -> None:
         checkpoints=layout.checkpoints,
         measurements=layout.measurements("train"),
     )
+    plan.after(expected, layout)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def expected_modules(model: Any, targets: str | list[str]) -> list[str]:
     output = model.get_output_embeddings()
     inner = [name for name in layers if model.get_submodule(name) is not output]
     if targets in PRESETS:
-        found = [name for name in inner if _in_group(name, targets)]
+        found = [name for name in inner if in_group(name, targets)]
     else:
         found = [name for name in layers if re.fullmatch(targets, name)]
     if not found:
@@ -83,7 +83,8 @@ def unquantized_layers(model: Any) -> list[str]:
     return sorted(name for name in linear_modules(model) if model.get_submodule(name).weight.is_floating_point())
 
 
-def _in_group(name: str, group: str) -> bool:
+def in_group(name: str, group: str) -> bool:
+    """Say whether a linear layer other than the output's belongs to one of `PRESETS`."""
     parents, _, last = name.rpartition(".")
     if group == "all-linear":
         return True

@@ -1,0 +1,1 @@
+"""What an adapter learnt, layer by layer, from its files alone."""

@@ -1,0 +1,110 @@
+"""What a forward pass keeps for the backward pass, operation by operation, as transformers and PEFT run it on a GPU.
+
+Bytes for each token of a batch, under autocast. The stream between layers is fp32 where the base is quantised (training
+casts its norms and embeddings to fp32), else 16 bits. Frozen layers keep nothing of their input; an adapted one keeps
+the input of A and of B. With checkpointing only each layer's input is kept, and one layer at a time is computed again.
+"""
+
+from dataclasses import dataclass
+
+from regraft.plan.architecture import Architecture
+from regraft.plan.setup import Setup, adapted, is_quantized, plain_bytes
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one batch."""
+
+    saved: int
+    """Held when the backward pass starts."""
+    logits: int
+    """Largest at the start of the backward pass: the log-softmax, its gradient, and the gradient of the loss."""
+    backward: int
+    """What the backward pass of the dearest layer needs on top of `saved`."""
+
+
+_AFTER_ATTENTION = ("o_proj", "dense")
+
+
+def activations(architecture: Architecture, setup: Setup) -> Kept:
+    """Return what a batch of `setup` keeps of a model."""
+    a, tokens = architecture, setup.tokens
+    stream = _stream(setup)
+    layers = _layers(a, setup)
+    if setup.checkpointing:
+        saved = stream * a.hidden * tokens * a.layers
+        recomputed = max(layers.values(), default=0) * tokens
+    else:
+        saved = sum(layers.values()) * tokens - _first_layer_saves(a, setup) * tokens
+        recomputed = 0
+    saved += 4 * a.hidden * tokens  # the last norm's input
+    saved += _casts(a, setup)
+    trained = int(setup.trained * tokens)
+    logits = (12 + (2 if a.softcap else 0)) * a.vocabulary * trained
+    if _stream(setup) == 4 and setup.compute_bytes == 2:
+        logits += 2 * a.vocabulary * a.hidden  # autocast's copy of the output layer
+    widest = max((out * into for out, into in a.linears().values()), default=0)
+    transient = tokens * (stream * a.intermediate + 8 * a.hidden) + setup.compute_bytes * widest
+    return Kept(saved=saved, logits=logits, backward=recomputed + transient)
+
+
+def _stream(setup: Setup) -> int:
+    return max(setup.compute_bytes, plain_bytes(setup))
+
+
+def _layers(a: Architecture, setup: Setup) -> dict[int, int]:
+    """Bytes for each token, by layer."""
+    carriers: dict[int, dict[str, tuple[int, int, int]]] = {index: {} for index in range(a.layers)}
+    for name, shape in adapted(a, setup).items():
+        index = next(int(part) for part in name.split(".") if part.isdigit())
+        carriers[index][name.rpartition(".")[2]] = shape
+    common = _common(a, setup)
+    return {index: common + _inputs(a, setup, found) for index, found in carriers.items()}
+
+
+def _common(a: Architecture, setup: Setup) -> int:
+    """What a layer keeps whatever carries an adapter."""
+    stream, c = _stream(setup), setup.compute_bytes
+    norms = a.norms * 4 * (a.hidden + (2 if a.layer_norm else 1))
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    keys = kv if setup.attention == "lengths" else q  # with a mask, keys and values are repeated for every query head
+    attention = c * (2 * q + 2 * keys) + 4 * a.heads
+    if setup.attention == "mask":
+        attention += c * setup.length
+    if setup.attention == "eager":  # softmax in fp32, its 16-bit copy, and the capped scores
+        attention += a.heads * setup.length * (4 + c + (c if a.softcap else 0))
+    if a.head_norms:
+        attention += 4 * (q + kv + a.heads + a.kv_heads)
+    inner = stream * a.intermediate * {"gpt2": 4}.get(a.family, 3 if a.gated else 1)  # GPT-2's GELU is four operations
+    return norms + attention + inner
+
+
+def _inputs(a: Architecture, setup: Setup, carriers: dict[str, tuple[int, int, int]]) -> int:
+    """What the adapters of one layer keep: the inputs of A and of B."""
+    c, total = setup.compute_bytes, 0
+    for name, (out, into, rank) in carriers.items():
+        total += c * rank
+        if setup.dropout:
+            total += into  # the mask
+        # Each adapter has a 16-bit copy of its own: PEFT casts to fp32, autocast back. Of a quantised layer's input
+        # only what is fp32 is cast, and the attention's output is 16-bit already.
+        if setup.bits == 16 or setup.dropout or name not in _AFTER_ATTENTION:
+            total += c * into
+        if setup.dora:
+            total += 2 * c * out
+    return total
+
+
+def _first_layer_saves(a: Architecture, setup: Setup) -> int:
+    """The first layer's first norm has an input without gradient and keeps nothing, where embeddings are frozen."""
+    return 0 if setup.method == "full" else 4 * a.hidden
+
+
+def _casts(a: Architecture, setup: Setup) -> int:
+    """16-bit copies of fp32 weights that autocast makes and the backward pass keeps: A, B, linear layers held in fp32."""
+    if setup.compute_bytes == 4:
+        return 0
+    copies = sum(rank * (out + into) for out, into, rank in adapted(a, setup).values())
+    if plain_bytes(setup) == 4:
+        copies += sum(w.size for w in a.weights if w.kind == "linear" and not is_quantized(a, w, setup))
+    return setup.compute_bytes * copies

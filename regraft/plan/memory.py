@@ -1,0 +1,138 @@
+"""The peak of a training step on a GPU, part by part, from shapes alone.
+
+Weights, adapter, gradients and optimizer are counted exactly, as the libraries allocate them (tests count the bytes of
+real tiny models). Activations follow what each operation keeps for the backward pass (`regraft.plan.activations`;
+tests compare with the same step traced without data). The CUDA context is a guess until a measurement corrects it.
+"""
+
+import math
+from dataclasses import dataclass
+
+from regraft.model.adapter import matches
+from regraft.plan.activations import activations
+from regraft.plan.architecture import Architecture
+from regraft.plan.setup import Setup, adapted, is_quantized, plain_bytes
+
+MIB = 2**20
+_BLOCK, _NESTED = 64, 256
+"""Weights under one scale, and scales under one scale of theirs (bitsandbytes; arXiv:2305.14314)."""
+CUDA_CONTEXT = 450 * MIB
+"""What a process holds on a card before its first tensor: the driver's context and loaded kernels. Not measured here."""
+LIBRARIES = 40 * MIB
+"""cuBLAS's workspace with the deterministic setting (32 MiB), and small change."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes at the moment of a step when most is held."""
+
+    base: int
+    """Quantised weights with their scales; of a base that is not quantised, all linear layers but the output's."""
+    unquantized: int
+    """Embeddings, output layer, norms, biases, fused experts, and what `skip_modules` names."""
+    adapter: int
+    """Trained parameters that the base does not have, in fp32."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    logits: int
+    """Logits of the trained tokens and their gradients, in fp32."""
+    workspace: int
+    """What one layer's backward pass needs beyond the logits that are gone by then; cuBLAS."""
+    context: int
+    trainable: int
+    """Trained parameters (a number, not bytes)."""
+    paged: int
+    """Bytes of optimizer state that may lie in the host's memory; not part of the total."""
+
+    PARTS = (
+        "base",
+        "unquantized",
+        "adapter",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "workspace",
+        "context",
+    )
+
+    @property
+    def total(self) -> int:
+        """Bytes on the card."""
+        return sum(int(getattr(self, part)) for part in self.PARTS)
+
+    @property
+    def tensors(self) -> int:
+        """Bytes that torch allocates: all but the context."""
+        return self.total - self.context
+
+    def to_dict(self) -> dict[str, int]:
+        """Every part and the total, in bytes."""
+        return {part: getattr(self, part) for part in (*self.PARTS, "total", "trainable", "paged")}
+
+
+def predict(architecture: Architecture, setup: Setup) -> Prediction:
+    """Predict the peak of a training step on one device.
+
+    Raises:
+        ParamsError: `target_modules` names no layer.
+    """
+    base, unquantized = _weights(architecture, setup)
+    new = [count for out, into, rank in adapted(architecture, setup).values() for count in (rank * into, out * rank)]
+    if setup.dora:
+        new += [out for out, _, _ in adapted(architecture, setup).values()]
+    if setup.method == "prompt":
+        new = [setup.prompt_tokens * architecture.hidden]
+    new += [w.size for w in architecture.weights if setup.saved and matches(w.name, setup.saved)]
+    new += [architecture.hidden] * setup.new_tokens
+    trained = [w.size for w in architecture.weights] if setup.method == "full" else new
+    on_gpu, paged = _optimizer(trained, setup.optimizer)
+    kept = activations(architecture, setup)
+    return Prediction(
+        base=base,
+        unquantized=unquantized,
+        adapter=4 * sum(new),
+        gradients=4 * sum(trained),
+        optimizer=on_gpu,
+        activations=kept.saved,
+        logits=kept.logits,
+        workspace=max(0, kept.backward - kept.logits) + (LIBRARIES if setup.on_gpu else 0),
+        context=CUDA_CONTEXT if setup.on_gpu else 0,
+        trainable=sum(trained),
+        paged=paged,
+    )
+
+
+def quantized_bytes(values: int, rows: int, bits: int, *, double_quant: bool) -> int:
+    """Bytes of one quantised matrix with its scales, as bitsandbytes holds it."""
+    if bits == 8:
+        return values + 4 * rows
+    blocks = math.ceil(values / _BLOCK)
+    packed, code = math.ceil(values / 2), 16 * 4
+    if not double_quant:
+        return packed + 4 * blocks + code
+    return packed + blocks + 4 * math.ceil(blocks / _NESTED) + 4 + code + 256 * 4  # the scales' own code book
+
+
+def _weights(architecture: Architecture, setup: Setup) -> tuple[int, int]:
+    base = unquantized = 0
+    for weight in architecture.weights:
+        if is_quantized(architecture, weight, setup):
+            base += quantized_bytes(weight.size, weight.shape[0], setup.bits, double_quant=setup.double_quant)
+        elif weight.kind == "linear" and not setup.bits < 16:
+            base += weight.size * plain_bytes(setup)
+        else:
+            unquantized += weight.size * plain_bytes(setup)
+    return base, unquantized
+
+
+def _optimizer(sizes: list[int], name: str) -> tuple[int, int]:
+    """Return the bytes of the optimizer's state on the GPU, and those that may be paged out."""
+    states = 1 if "lion" in name else 2
+    if "8bit" not in name:
+        total = states * 4 * sum(sizes)
+    else:  # tensors under 4,096 values keep fp32 states; the others a byte and a scale for each block of 256
+        total = sum(states * (4 * size if size < 4096 else size + 4 * math.ceil(size / 256)) for size in sizes)
+    return (0, total) if name.startswith("paged") else (total, 0)

@@ -1,0 +1,91 @@
+"""The peak that is predicted for a step against the same step traced without data, as a GPU would run it."""
+
+import statistics
+from typing import Any
+
+import pytest
+from simulated import step
+
+from regraft.plan.activations import activations
+from regraft.plan.architecture import architecture
+from regraft.plan.memory import LIBRARIES, predict
+from regraft.plan.setup import Setup
+
+SMALL = {
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+}
+GPT2 = {"vocab_size": 32000, "n_embd": 1024, "n_layer": 3, "n_head": 16}
+FALCON = {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 8}
+WIDE = {
+    **SMALL,
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 32,
+}
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", SMALL, {}),
+    ("llama", SMALL, {"bits": 16}),
+    ("llama", SMALL, {"checkpointing": True}),
+    ("llama", SMALL, {"bits": 16, "checkpointing": True}),
+    ("llama", SMALL, {"dropout": True}),
+    ("llama", SMALL, {"bits": 16, "dropout": True}),
+    ("llama", SMALL, {"trained": 0.2, "rank": 64}),
+    ("llama", SMALL, {"trained": 0.05, "checkpointing": True}),
+    ("llama", SMALL, {"trained": 0.05, "bits": 16, "checkpointing": True}),
+    ("llama", WIDE, {"batch": 1, "length": 2048}),
+    ("llama", WIDE, {"batch": 4, "length": 2048, "trained": 0.3, "bits": 16, "checkpointing": True}),
+    ("qwen3", SMALL, {"trained": 0.02}),
+    ("qwen3", SMALL, {"bits": 16}),
+    ("gemma2", SMALL, {"attention": "eager"}),
+    ("gemma3_text", SMALL, {}),
+    ("phi3", {**SMALL, "pad_token_id": 0}, {"bits": 16}),
+    ("exaone4", SMALL, {}),
+    ("gpt2", GPT2, {}),
+    ("gpt2", GPT2, {"bits": 16}),
+    ("gpt_neox", SMALL, {}),
+    ("falcon", FALCON, {}),
+]
+RATIOS: dict[int, float] = {}
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_the_peak_of_a_step_is_predicted_within_six_percent(case: int) -> None:
+    from transformers import CONFIG_MAPPING
+
+    family, shapes, changes = CASES[case]
+    config = CONFIG_MAPPING[family](**shapes)
+    setup = Setup(**{"batch": 2, "length": 512, **changes})
+    predicted = predict(architecture(config.to_dict()), setup)
+    traced = step(config, setup)
+    expected = predicted.activations + predicted.logits + predicted.workspace - LIBRARIES + predicted.gradients
+    assert predicted.adapter == traced["adapter"]
+    RATIOS[case] = expected / traced["peak"]
+    assert 0.94 < RATIOS[case] < 1.06
+
+
+def test_the_median_of_all_those_is_within_two_percent() -> None:
+    if len(RATIOS) < len(CASES):
+        pytest.skip("only after all of them")
+    assert abs(statistics.median(RATIOS.values()) - 1) < 0.02
+
+
+def test_checkpointing_keeps_less_and_dropout_more() -> None:
+    model = architecture({"model_type": "llama", **SMALL})
+    plain = Setup(batch=2, length=512)
+    assert activations(model, plain.but(checkpointing=True)).saved < activations(model, plain).saved / 8
+    assert activations(model, plain.but(dropout=True)).saved > activations(model, plain).saved
+
+
+def test_a_kernel_that_knows_lengths_keeps_no_mask_and_no_repeated_keys() -> None:
+    model = architecture({"model_type": "llama", **SMALL})
+    plain = Setup(batch=2, length=512)
+    less = activations(model, plain).saved - activations(model, plain.but(attention="lengths")).saved
+    repeated, mask = 2 * 2 * (1024 - 512), 2 * 512
+    assert less == 3 * plain.tokens * (repeated + mask)
