@@ -65,7 +65,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any, template: str) -> None:
         self._tokenizer = tokenizer
-        self._template = (_STILL_CLOCK if "strftime_now" in template else "") + template
+        self.template = (_STILL_CLOCK if "strftime_now" in template else "") + template
         question, answer = "questionq", "answera"
         probe: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         text = self._render([probe], generation=False)[0]
@@ -146,7 +146,7 @@ class Chat:
         def apply(batch: list[list[Message]]) -> list[str]:
             return list(
                 self._tokenizer.apply_chat_template(
-                    batch, chat_template=self._template, tokenize=False, add_generation_prompt=generation
+                    batch, chat_template=self.template, tokenize=False, add_generation_prompt=generation
                 )
             )
 

@@ -44,6 +44,10 @@ class Layout:
         """Times, memory and hardware of a stage's last run; never an input of anything."""
         return self.work / "measurements" / f"{stage}.json"
 
+    def cache(self, stage: str) -> Path:
+        """What a stage keeps to be faster next time; safe to delete, and no output."""
+        return self.work / "cache" / stage
+
     @property
     def checkpoints(self) -> Path:
         """Training checkpoints, one folder for each digest of everything that matters to training."""

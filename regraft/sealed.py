@@ -36,9 +36,9 @@ class SealedTokenizer:
         self._any = _pattern(self.control)
         self._any_special = _pattern(self.special)
         self._names = _pattern(self._text)
-        self._rust = _renamed(tokenizer, self._name, self.control)
+        self.rust = _renamed(tokenizer, self._name, self.control)
         self.split = f"{self._prefix}-split>"
-        self.split_id = _add_split(self._rust, self.split)
+        self.split_id = _add_split(self.rust, self.split)
 
     def hide(self, text: str, *, keep_added: bool) -> str:
         """Replace control tokens in somebody's words by marks that a template passes through.
@@ -46,6 +46,10 @@ class SealedTokenizer:
         `keep_added` leaves those that are added tokens but not special: an answer may hold `<tool_call>`.
         """
         return (self._any_special if keep_added else self._any).sub(lambda found: self._marks[found[0]], text)
+
+    def holds_control(self, text: str) -> bool:
+        """Say whether somebody's words hold the spelling of a control token, or what the secret names are made of."""
+        return self._any.search(text) is not None
 
     def seal(self, rendered: str) -> str:
         """Rename the control tokens that the template wrote, and put back the words that `hide` took out."""
@@ -75,11 +79,11 @@ class SealedTokenizer:
 
     def encode(self, sealed: Sequence[str]) -> list[Any]:
         """Encode sealed texts in one batch; each encoding has `ids` and `offsets` into its text."""
-        return list(self._rust.encode_batch(list(sealed), add_special_tokens=False))
+        return list(self.rust.encode_batch(list(sealed), add_special_tokens=False))
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Decode to sealed texts in one batch."""
-        return list(self._rust.decode_batch([list(each) for each in ids], skip_special_tokens=False))
+        return list(self.rust.decode_batch([list(each) for each in ids], skip_special_tokens=False))
 
 
 def _control_tokens(tokenizer: Any, template_text: str) -> tuple[dict[str, int], dict[str, int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.artifacts import digest_json
+from regraft.artifacts import digest_json, read_json
 from regraft.errors import MissingInput, PinMismatch
 from regraft.model.params import Quantization
 from regraft.model.pin import MODEL_FILES, TOKENIZER_FILES, WEIGHTS, check_folder, digest_files, hub_folder
@@ -15,6 +15,9 @@ from regraft.model.report import BaseReport
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # all that they are is in tokenizer.json
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,13 @@ def open_base(folder: Path, *, weights: bool = True) -> Base:
 
 def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
     """Load the base's own tokenizer with its chat template; no code from the model's folder runs."""
-    from transformers import AutoTokenizer
+    path = base.folder / "tokenizer_config.json"
+    named = read_json(path).get("tokenizer_class") if path.is_file() else None
+    if named in _GENERIC and (base.folder / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(base.folder, local_files_only=True)
+    from transformers import AutoTokenizer  # imports torch, which takes seconds
 
     return AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
 

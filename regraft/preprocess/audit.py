@@ -1,14 +1,17 @@
 """The supervision audit: measured on finished tokens and labels by decoding them, not by how they were made."""
 
 import unicodedata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from regraft.chat import IGNORED, Chat, Message, Rendered
 from regraft.preprocess.report import Supervision
 from regraft.sealed import unknown_id
 
-_COMPARED = 2000  # rows that the plain tokenizer tokenises again; of the rest a sixteenth
+if TYPE_CHECKING:
+    import numpy as np
+
+_COMPARED = 256  # rows that the plain tokenizer tokenises again; of the rest a sixteenth
 
 
 class Audit:
@@ -56,24 +59,38 @@ class Audit:
                 sums["answers_exact"] += written in whole_answers or written.removeprefix(" ") in whole_answers
             if not typed and not row.kept_apart and (sums["rows"] <= _COMPARED or not sums["rows"] % 16):
                 comparable.append(row)
-        plain = self._retokenised([sealed.unseal(row.text) for row in comparable])
+        plain = self.retokenised([sealed.unseal(row.text) for row in comparable])
         sums["agreement_rows"] += len(comparable)
         sums["agreement"] += sum(row.input_ids == ids for row, ids in zip(comparable, plain, strict=True))
 
-    def result(self, dropped_share: float) -> Supervision:
-        """Return the audit of all rows added; `dropped_share` of all rows were too long or had nothing to train on."""
+    def add_right(self, *, lengths: "np.ndarray", trained: "np.ndarray", answers: int, stopping: int) -> None:
+        """Add rows of which `columns.py` has already seen that tokens and answers come back as they were written."""
         sums = self._sums
-        counts = {n: v for n, v in sums.items() if Supervision.model_fields[n].annotation is int}
-        return Supervision(
-            **counts,
-            rows_learning_to_stop=_share(sums["rows_learning_to_stop"], sums["rows"]),
-            answers_recovered=_share(sums["answers_recovered"], sums["answers"]),
-            answers_exact=_share(sums["answers_exact"], sums["answers"]),
-            round_trip=_share(sums["round_trip"], sums["rows"]),
-            agreement=_share(sums["agreement"], sums["agreement_rows"]),
-            truncated=0,
-            dropped_share=dropped_share,
-        )
+        if not len(lengths):
+            return
+        sums["rows"] += len(lengths)
+        sums["round_trip"] += len(lengths)
+        sums["tokens"] += int(lengths.sum())
+        sums["longest"] = max(sums["longest"], int(lengths.max()))
+        sums["trained_tokens"] += int(trained.sum())
+        sums["rows_training_nothing"] += int((trained == 0).sum())
+        sums["rows_learning_to_stop"] += stopping
+        for name in ("answers", "answers_recovered", "answers_exact"):
+            sums[name] += answers
+
+    def add_agreement(self, rows: int, same: int) -> None:
+        """Add rows that were tokenised again, and how many gave the same tokens."""
+        self._sums["agreement_rows"] += rows
+        self._sums["agreement"] += same
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """What was added up, for `supervision`."""
+        return dict(self._sums)
+
+    def result(self, dropped_share: float) -> Supervision:
+        """Return the audit of all rows added; see `supervision`."""
+        return supervision([self._sums], dropped_share)
 
     def _control_of_template(self, messages: Sequence[Message], row: Rendered) -> int:
         """Return how many special tokens the template writes for such a sequence of roles."""
@@ -87,11 +104,28 @@ class Audit:
             self._expected[roles] = sum(id_ in self._special for id_ in ids)
         return self._expected[roles]
 
-    def _retokenised(self, texts: list[str]) -> list[list[int]]:
+    def retokenised(self, texts: list[str]) -> list[list[int]]:
         """Tokenise rendered texts with the tokenizer as it is."""
         if not texts:
             return []
         return list(self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def supervision(added: Sequence[Mapping[str, int]], dropped_share: float) -> Supervision:
+    """Return the audit of what several added up; `dropped_share` of all rows were too long or had nothing to train on."""
+    names = Supervision.model_fields.keys() - {"truncated", "dropped_share"}
+    sums = {name: (max if name == "longest" else sum)([each[name] for each in added]) for name in names}
+    counts = {n: v for n, v in sums.items() if Supervision.model_fields[n].annotation is int}
+    return Supervision(
+        **counts,
+        rows_learning_to_stop=_share(sums["rows_learning_to_stop"], sums["rows"]),
+        answers_recovered=_share(sums["answers_recovered"], sums["answers"]),
+        answers_exact=_share(sums["answers_exact"], sums["answers"]),
+        round_trip=_share(sums["round_trip"], sums["rows"]),
+        agreement=_share(sums["agreement"], sums["agreement_rows"]),
+        truncated=0,
+        dropped_share=dropped_share,
+    )
 
 
 def _share(part: int, whole: int) -> float:

@@ -70,7 +70,7 @@ def decide(
     """Set the fates of duplicates and of training rows whose prompt is held out, in place.
 
     Of equal rows (prompt and answer) of one side the earliest stays; without times, the one with the lowest id. All
-    arrays are as long as there are rows: `S64`, `S32`, `S32`, `S32` and int8.
+    arrays are as long as there are rows; of any type that can be sorted, `fates` int8.
     """
     import numpy as np
 
@@ -84,4 +84,6 @@ def decide(
 
 
 def _plain(text: str) -> str:
+    if text.isascii():
+        return " ".join(text.lower().split())
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())

@@ -1,16 +1,19 @@
 """Packing conversations into blocks: best fit, longest first (Ding et al., "Fewer Truncations", arXiv:2404.10830)."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from regraft.chat import IGNORED
+from regraft.preprocess.columns import Tokens
 from regraft.preprocess.files import block_schema
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+
+_BLOCKS_IN_BATCH = 256
 
 
 def plan_blocks(lengths: Sequence[int], block_length: int) -> list[list[int]]:
@@ -49,88 +52,50 @@ def plan_blocks(lengths: Sequence[int], block_length: int) -> list[list[int]]:
     return sorted(blocks)
 
 
-class Spool:
-    """Tokens and labels of many conversations on disk, so that none of them stays in memory."""
+@dataclass(frozen=True)
+class Documents:
+    """Tokens and labels of conversations, end to end."""
 
-    def __init__(self, folder: Path) -> None:
-        self._paths = (folder / "tokens.i32", folder / "labels.i32")
-        self._files = [path.open("wb") for path in self._paths]
-        self.lengths: list[int] = []
-        self._views: list[np.ndarray] = []
-        self._ends: np.ndarray | None = None
+    ids: "np.ndarray"
+    """int32, of all conversations."""
+    labels: "np.ndarray"
+    """As long as `ids`."""
+    lengths: "np.ndarray"
+    """int32, of each conversation."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._views = []
-        for file, path in zip(self._files, self._paths, strict=True):
-            file.close()
-            path.unlink(missing_ok=True)
-
-    def append(self, input_ids: Sequence[int], labels: Sequence[int]) -> None:
-        """Add one conversation."""
+    @classmethod
+    def of(cls, tokens: Tokens) -> "Documents":
+        """Join what was encoded batch by batch."""
         import numpy as np
 
-        for file, values in zip(self._files, (input_ids, labels), strict=True):
-            file.write(np.asarray(values, dtype="<i4").tobytes())
-        self.lengths.append(len(input_ids))
-
-    def seal(self) -> None:
-        """End writing; from now on conversations can be read."""
-        import numpy as np
-
-        for file in self._files:
-            file.flush()
-        self._ends = np.cumsum(self.lengths, dtype=np.int64)
-        self._views = [np.memmap(path, dtype="<i4", mode="r") for path in self._paths] if self.lengths else []
-
-    def read(self, index: int) -> tuple["np.ndarray", "np.ndarray"]:
-        """Return (input_ids, labels) of a conversation as int32 views."""
-        assert self._ends is not None, "seal() the spool before reading"
-        end = int(self._ends[index])
-        tokens, labels = (view[end - self.lengths[index] : end] for view in self._views)
-        return tokens, labels
+        none = np.empty(0, np.int32)
+        return cls(*(np.concatenate([none, *parts]) for parts in (tokens.ids, tokens.labels, tokens.lengths)))
 
 
-def pack_blocks(spool: Spool, blocks: Iterable[Sequence[int]]) -> Iterator["pa.RecordBatch"]:
+def pack_blocks(documents: Documents, blocks: Sequence[Sequence[int]]) -> Iterator["pa.RecordBatch"]:
     """Yield batches with columns `input_ids`, `labels` and `position_ids`, a row for each block.
 
     Positions restart at each conversation, and its first label is never learned: it would be predicted from the
     conversation before.
     """
     import numpy as np
-
-    schema = block_schema()
-    batch: list[list[np.ndarray]] = []
-    for members in blocks:
-        tokens, labels, positions = [], [], []
-        for index in members:
-            ids, learned = spool.read(index)
-            learned = learned.copy()
-            learned[0] = IGNORED
-            tokens.append(ids)
-            labels.append(learned)
-            positions.append(np.arange(len(ids), dtype=np.int32))
-        batch.append([np.concatenate(part) for part in (tokens, labels, positions)])
-        if len(batch) == 256:
-            yield _batch(batch, schema)
-            batch = []
-    if batch:
-        yield _batch(batch, schema)
-
-
-def _batch(rows: list[list["np.ndarray"]], schema: "pa.Schema") -> "pa.RecordBatch":
-    import numpy as np
     import pyarrow as pa
 
-    offsets = pa.array(np.cumsum([0, *(len(row[0]) for row in rows)]), pa.int32())
-    columns = [
-        pa.ListArray.from_arrays(
-            offsets, pa.array(np.concatenate([row[i] for row in rows]).astype(np.int32, copy=False))
-        )
-        for i in range(3)
-    ]
-    return pa.record_batch(columns, schema=schema)
+    schema = block_schema()
+    starts = np.cumsum(documents.lengths, dtype=np.int64) - documents.lengths
+    for at in range(0, len(blocks), _BLOCKS_IN_BATCH):
+        some = [np.asarray(members, np.int64) for members in blocks[at : at + _BLOCKS_IN_BATCH]]
+        members = np.concatenate(some)
+        lengths = documents.lengths[members].astype(np.int64)
+        ends = np.cumsum(lengths)
+        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        taken = np.repeat(starts[members], lengths) + positions
+        labels = documents.labels[taken]
+        labels[ends - lengths] = IGNORED
+        sizes = [int(documents.lengths[each].sum()) for each in some]
+        offsets = pa.array(np.cumsum([0, *sizes]), pa.int32())
+        columns = [
+            pa.ListArray.from_arrays(offsets, pa.array(values))
+            for values in (documents.ids[taken], labels, positions.astype(np.int32))
+        ]
+        yield pa.record_batch(columns, schema=schema)

@@ -60,7 +60,8 @@ class Supervision(BaseModel):
     agreement: float
     """Share of the rows compared in which the plain tokenizer gives the same tokens for the rendered text."""
     agreement_rows: int
-    """Rows compared: the first 2,000 and a sixteenth of the others, without those of `control_text` and `kept_apart`."""
+    """Rows compared: one in 64; of those that went through the template itself the first 256 and a sixteenth of the
+    others, without those of `control_text` and `kept_apart`."""
     kept_apart: int
     """Rows in which the tokenizer would have merged the end of the prompt with the start of the answer."""
     control_text: int

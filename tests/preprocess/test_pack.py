@@ -1,11 +1,11 @@
 """Blocks of conversations."""
 
 import random
-from pathlib import Path
 
+import numpy as np
 import pytest
 
-from regraft.preprocess.pack import Spool, pack_blocks, plan_blocks
+from regraft.preprocess.pack import Documents, pack_blocks, plan_blocks
 
 
 def test_every_conversation_is_in_one_block_and_no_block_is_too_long() -> None:
@@ -36,25 +36,22 @@ def test_a_conversation_that_fits_no_block_is_refused(lengths: list[int]) -> Non
         plan_blocks(lengths, 10)
 
 
-def test_positions_restart_and_no_conversation_is_predicted_from_the_one_before(tmp_path: Path) -> None:
-    with Spool(tmp_path) as spool:
-        spool.append([1, 2, 3], [-100, 2, 3])
-        spool.append([4, 5], [4, 5])
-        spool.append([6], [-100])
-        spool.seal()
-        (batch,) = pack_blocks(spool, [[0, 1], [2]])
+def documents(*rows: tuple[list[int], list[int]]) -> Documents:
+    ids, labels = ([token for row in rows for token in row[i]] for i in range(2))
+    return Documents(*(np.array(each, np.int32) for each in (ids, labels, [len(row[0]) for row in rows])))
+
+
+def test_positions_restart_and_no_conversation_is_predicted_from_the_one_before() -> None:
+    some = documents(([1, 2, 3], [-100, 2, 3]), ([4, 5], [4, 5]), ([6], [-100]))
+    (batch,) = pack_blocks(some, [[0, 1], [2]])
     assert batch.to_pydict() == {
         "input_ids": [[1, 2, 3, 4, 5], [6]],
         "labels": [[-100, 2, 3, -100, 5], [-100]],
         "position_ids": [[0, 1, 2, 0, 1], [0]],
     }
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_more_blocks_than_fit_a_batch_keep_their_order(tmp_path: Path) -> None:
-    with Spool(tmp_path) as spool:
-        for i in range(600):
-            spool.append([i, i], [-100, i])
-        spool.seal()
-        batches = list(pack_blocks(spool, [[i] for i in reversed(range(600))]))
+def test_more_blocks_than_fit_a_batch_keep_their_order() -> None:
+    some = documents(*(([i, i], [-100, i]) for i in range(600)))
+    batches = list(pack_blocks(some, [[i] for i in reversed(range(600))]))
     assert [ids[0] for batch in batches for ids in batch.column("input_ids").to_pylist()] == list(reversed(range(600)))

@@ -18,7 +18,7 @@ from regraft.preprocess.report import PreprocessReport
 
 Rows = list[dict[str, Any]]
 PARAMS = PreprocessParams(max_length=128, holdout=HoldoutParams(share=0.1, always={"phrasing": "unseen"}))
-FILES = ["holdout-00000.arrow", "manifest.json", "report.json", "train-00000.arrow", "train_rows.parquet"]
+FILES = ["holdout-00000.arrow", "manifest.json", "report.json", "train-00000.arrow", "train_rows-00000.parquet"]
 
 
 def stream(path: Path) -> Rows:
@@ -100,7 +100,7 @@ def test_blocks_hold_each_training_conversation_once_with_the_tokenizers_own_tok
     report = preprocess(PARAMS, base=tokenizer_base, rows=write_rows(rows), out=tmp_path / "out")
     blocks = stream(tmp_path / "out/train-00000.arrow")
     held = {row["row_id"] for row in stream(tmp_path / "out/holdout-00000.arrow")}
-    listed = pq.read_table(tmp_path / "out/train_rows.parquet").to_pylist()
+    listed = pq.read_table(tmp_path / "out/train_rows-00000.parquet").to_pylist()
     assert len(blocks) == report.blocks
     assert max(len(block["input_ids"]) for block in blocks) == report.longest_block <= 128
     tokenizer = tiny.make_tokenizer()
@@ -121,7 +121,7 @@ def test_without_packing_each_block_is_one_conversation_in_the_order_of_the_keys
     params = PARAMS.model_copy(update={"packing": False})
     report = preprocess(params, base=tokenizer_base, rows=write_rows(rows), out=tmp_path / "out")
     blocks = stream(tmp_path / "out/train-00000.arrow")
-    listed = pq.read_table(tmp_path / "out/train_rows.parquet").to_pylist()
+    listed = pq.read_table(tmp_path / "out/train_rows-00000.parquet").to_pylist()
     assert report.blocks == report.counts.train
     assert [len(block["input_ids"]) for block in blocks] == [row["tokens"] for row in listed]
     assert [row["key"] for row in listed] == sorted(row["key"] for row in listed)

@@ -1,0 +1,232 @@
+"""What becomes of one shard: its rows rendered, tokenised, masked, audited and packed, or set down in the holdout."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from regraft.artifacts import write_json
+from regraft.chat import Chat, last_answer
+from regraft.errors import GateRefused
+from regraft.preprocess.audit import Audit
+from regraft.preprocess.columns import Encoder, ShortWayFailed, Talks, Tokens
+from regraft.preprocess.files import block_schema, holdout_schema, write_holdout, write_stream
+from regraft.preprocess.holdout import Fate
+from regraft.preprocess.pack import Documents, pack_blocks, plan_blocks
+from regraft.preprocess.params import PreprocessParams
+from regraft.preprocess.shards import Shard, read_batches
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+log = logging.getLogger("regraft.preprocess")
+
+TRAIN, HOLDOUT, TRAIN_ROWS, PART = "train.arrow", "holdout.arrow", "train_rows.parquet", "part.json"
+_COLUMNS = ("row_id", "source", "line", "messages", "slices")
+_Slices = dict[str, Counter[str]]
+
+
+class Part(BaseModel):
+    """What is counted and measured of one shard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    too_long: list[tuple[str, int, int]]
+    """Source, line and tokens of each row that is too long."""
+    nothing_to_train: int
+    train: int
+    holdout: int
+    sums: dict[str, int]
+    """What `Audit` added up."""
+    train_slices: dict[str, dict[str, int]]
+    holdout_slices: dict[str, dict[str, int]]
+    blocks: int
+    longest_block: int
+
+
+class Preparer:
+    """Makes shards with one tokenizer; keeps what it learned of the template."""
+
+    def __init__(self, chat: Chat, tokenizer: Any, params: PreprocessParams) -> None:
+        self._chat = chat
+        self._tokenizer = tokenizer
+        self._params = params
+        self._short = True
+        self._encoders = self._fresh()
+
+    def _fresh(self) -> dict[Fate, Encoder]:
+        make = {Fate.TRAIN: self._params.supervise, Fate.HOLDOUT: "last"}  # the holdout is judged by the last answer
+        return {
+            fate: Encoder(self._chat, self._tokenizer, supervise, self._params.max_length, short=self._short)
+            for fate, supervise in make.items()
+        }
+
+    def prepare(self, path: Path, shard: Shard, keys: "np.ndarray", fates: "np.ndarray", folder: Path) -> None:
+        """Write a shard's training blocks, holdout rows, list of training rows and `part.json` into `folder`.
+
+        Args:
+            path: `rows.parquet`.
+            shard: which of its rows.
+            keys: (rows, 32) bytes, for the order of training.
+            fates: of its rows, as `decide` left them.
+            folder: an empty folder.
+
+        Raises:
+            DataError: the template refuses a row.
+            GateRefused: a row is too long, and that is to fail.
+        """
+        try:
+            self._prepare(path, shard, keys, fates, folder)
+        except ShortWayFailed as error:
+            log.warning("%s is not rendered as its template promised; all rows go through the template", error.message)
+            self._short = False
+            self._encoders = self._fresh()
+            self._prepare(path, shard, keys, fates, folder)
+
+    def _prepare(self, path: Path, shard: Shard, keys: "np.ndarray", fates: "np.ndarray", folder: Path) -> None:
+        import numpy as np
+
+        audit = Audit(self._chat, self._tokenizer)
+        train, names, slices = Tokens(), _Names(), {Fate.TRAIN: _Slices(), Fate.HOLDOUT: _Slices()}
+        held: list[pa.RecordBatch] = []
+        too_long: list[tuple[str, int, int]] = []
+        nothing = first = 0
+        for batch in read_batches(path, _COLUMNS, shard.first, shard.end):
+            columns = {name: batch[name].to_pylist() for name in _COLUMNS}
+            for side in (Fate.TRAIN, Fate.HOLDOUT):
+                inside = np.flatnonzero(fates[first : first + batch.num_rows] == int(side)).tolist()
+                talks = Talks(
+                    places=[first + i for i in inside],
+                    messages=[columns["messages"][i] for i in inside],
+                    names=[f"{columns['source'][i]} line {columns['line'][i]}" for i in inside],
+                )
+                into = train if side == Fate.TRAIN else Tokens()
+                before = len(into.places)
+                self._encoders[side].encode(talks, into, audit if side == Fate.TRAIN else None)
+                for place in into.places[before:]:
+                    _count(slices[side], columns["slices"][place - first])
+                if side == Fate.HOLDOUT and into.places:
+                    held.append(_held(into, columns, first))
+                too_long += [
+                    (columns["source"][place - first], columns["line"][place - first], tokens)
+                    for place, tokens in into.too_long
+                ]
+                nothing += len(into.nothing)
+                into.too_long, into.nothing = [], []
+            names.add(columns)
+            first += batch.num_rows
+        if too_long and self._params.too_long == "fail":
+            source, line, tokens = min(too_long)
+            raise GateRefused(
+                f"{source} line {line} has {tokens} tokens, more than preprocess.max_length {self._params.max_length}",
+                fix="raise preprocess.max_length, shorten the row, or set preprocess.too_long to `drop`",
+            )
+        packed = self._write_train(train, names, keys, folder)
+        write_holdout(folder / HOLDOUT, held)
+        part = Part(
+            too_long=sorted(too_long),
+            nothing_to_train=nothing,
+            train=len(train.places),
+            holdout=sum(len(each) for each in held),
+            sums=audit.sums,
+            train_slices=_sorted(slices[Fate.TRAIN]),
+            holdout_slices=_sorted(slices[Fate.HOLDOUT]),
+            blocks=len(packed),
+            longest_block=max(packed, default=0),
+        )
+        write_json(folder / PART, part.model_dump())
+
+    def _write_train(self, train: Tokens, names: "_Names", keys: "np.ndarray", folder: Path) -> list[int]:
+        """Write the training side in the order of the keys; return the tokens of each block."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        documents = Documents.of(train)
+        places = np.array(train.places, np.int64)
+        ids = np.array([names.row_ids[place] for place in places], "S32")
+        own = keys[places].copy().view(">u8").reshape(len(places), 4)
+        order = np.lexsort((ids, *(own[:, i] for i in (3, 2, 1, 0))))
+        lengths = documents.lengths[order]
+        if self._params.packing:
+            plan = plan_blocks(lengths.tolist(), self._params.block_length or self._params.max_length)
+        else:
+            plan = [[i] for i in range(len(lengths))]
+        blocks: list[Any] = [order[members] for members in plan]
+        write_stream(folder / TRAIN, block_schema(), pack_blocks(documents, blocks))
+
+        trained = np.concatenate([*train.trained, np.empty(0, np.int32)])
+        where = places[order]
+        columns = {
+            "row_id": pa.array(ids[order].astype("U32")),
+            "key": pa.array([keys[place].tobytes().hex() for place in where], pa.string()),
+            "tokens": pa.array(lengths, pa.int32()),
+            "trained_tokens": pa.array(trained[order], pa.int32()),
+            "source": pa.array([names.sources[place] for place in where], pa.string()),
+            "line": pa.array([names.lines[place] for place in where], pa.int64()),
+        }
+        pq.write_table(pa.table(columns), folder / TRAIN_ROWS)
+        return [int(lengths[members].sum()) for members in plan]
+
+
+class _Names:
+    """Row ids, sources and lines of a shard."""
+
+    def __init__(self) -> None:
+        self.row_ids: list[str] = []
+        self.sources: list[str] = []
+        self.lines: list[int] = []
+
+    def add(self, columns: Mapping[str, list[Any]]) -> None:
+        self.row_ids += columns["row_id"]
+        self.sources += columns["source"]
+        self.lines += columns["line"]
+
+
+def _held(made: Tokens, columns: Mapping[str, list[Any]], first: int) -> "pa.RecordBatch":
+    """Return holdout rows."""
+    import numpy as np
+    import pyarrow as pa
+
+    places = [place - first for place in made.places]
+    answered = {i: last_answer(columns["messages"][i]) or 0 for i in places}
+    ids, labels = np.concatenate(made.ids), np.concatenate(made.labels)
+    lengths, prompts = np.concatenate(made.lengths), np.concatenate(made.prompts)
+    ends = np.cumsum(lengths)
+    heads = np.concatenate(
+        [ids[end - size : end - size + cut] for end, size, cut in zip(ends, lengths, prompts, strict=True)]
+    )
+    schema = holdout_schema()
+
+    def lists(flat: "np.ndarray", sizes: "np.ndarray") -> Any:
+        offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
+        return pa.ListArray.from_arrays(offsets, pa.array(flat))
+
+    return pa.record_batch(
+        [
+            pa.array([columns["row_id"][i] for i in places], pa.string()),
+            pa.array([sorted(columns["slices"][i] or ()) for i in places], schema.field("slices").type),
+            pa.array(
+                [json.dumps(columns["messages"][i][: answered[i]], ensure_ascii=False) for i in places], pa.string()
+            ),
+            pa.array([columns["messages"][i][answered[i]]["content"] for i in places], pa.string()),
+            lists(heads, prompts),
+            lists(ids, lengths),
+            lists(labels, lengths),
+        ],
+        schema=schema,
+    )
+
+
+def _count(into: _Slices, slices: list[tuple[str, str]] | None) -> None:
+    for name, value in slices or ():
+        into.setdefault(name, Counter())[value] += 1
+
+
+def _sorted(counted: _Slices) -> dict[str, dict[str, int]]:
+    return {name: dict(sorted(counted[name].items())) for name in sorted(counted)}

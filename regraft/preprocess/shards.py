@@ -1,0 +1,181 @@
+"""Cutting the accepted rows into shards by their content, and keeping what was made of each.
+
+A shard ends where a source ends, or at a row whose own id says so; so rows that are added, taken out or changed touch the
+shards that they are in and no others (content-defined chunking, as in Muthitacharoen et al., "A Low-bandwidth Network
+File System", SOSP 2001). What a shard became is kept in a folder named by the digest of everything that went into it,
+outside the stage's outputs: a run with the cache and one without give the same bytes.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.artifacts import commit_dir, digest_file, verify_dir
+from regraft.errors import DamagedArtifact, DataError, MissingInput
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+log = logging.getLogger("regraft.preprocess")
+
+_LEAST, _MOST = 8_192, 16_384  # rows of a shard that its content ends
+_LEAST_OF_SOURCE = 1_024  # rows from which the end of a source ends a shard
+_ENDS = "000"  # what the id of a last row starts with: one in 4,096
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows `first` to `end` of `rows.parquet`, and the digest of their ids, times, sources and lines."""
+
+    number: int
+    first: int
+    end: int
+    digest: str
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.end - self.first
+
+
+def cut(path: Path) -> Iterator[Shard]:
+    """Yield the shards of `rows.parquet`, reading only the columns that do not hold texts."""
+    import pyarrow as pa
+
+    waiting: list[pa.Table] = []
+    count = first = number = 0
+
+    def made(end_of: int) -> Shard:
+        nonlocal waiting, count, first, number
+        whole = pa.concat_tables(waiting)
+        shard = Shard(number, first, first + end_of, _digest(whole.slice(0, end_of)))
+        waiting, count = ([whole.slice(end_of)] if end_of < count else []), count - end_of
+        first, number = first + end_of, number + 1
+        return shard
+
+    previous: str | None = None
+    for batch in read_batches(path, ("row_id", "source", "line", "at")):
+        table = pa.Table.from_batches([batch])
+        offset = 0
+        for place, changed in _candidates(batch, previous):
+            end_of = place if changed else place + 1
+            waiting.append(table.slice(offset, end_of - offset))
+            count, offset = count + end_of - offset, end_of
+            while count > _MOST:
+                yield made(_MOST)
+            if count >= (_LEAST_OF_SOURCE if changed else _LEAST):
+                yield made(count)
+        waiting.append(table.slice(offset))
+        count += batch.num_rows - offset
+        while count > _MOST:
+            yield made(_MOST)
+        previous = batch["source"][-1].as_py() if batch.num_rows else previous
+    if count:
+        yield made(count)
+
+
+def _candidates(batch: "pa.RecordBatch", previous: str | None) -> list[tuple[int, bool]]:
+    """Return (place, True) where another source begins and (place, False) of rows that may be a shard's last."""
+    import pyarrow.compute as pc
+
+    ends: list[Any] = pc.indices_nonzero(pc.starts_with(batch["row_id"], _ENDS)).to_pylist()
+    found = [(place, False) for place in ends]
+    sources = batch["source"]
+    if batch.num_rows > 1:
+        changes: list[Any] = pc.indices_nonzero(
+            pc.not_equal(sources.slice(1), sources.slice(0, len(sources) - 1))
+        ).to_pylist()
+        found += [(place + 1, True) for place in changes]
+    if previous is not None and batch.num_rows and sources[0].as_py() != previous:
+        found.append((0, True))
+    return sorted(found, key=lambda each: (each[0], not each[1]))
+
+
+def _digest(rows: "pa.Table") -> str:
+    digest = hashlib.sha256()
+    for name in ("row_id", "source", "line", "at"):
+        digest.update("\0".join(map(str, rows[name].to_pylist())).encode())
+        digest.update(b"\1")
+    return digest.hexdigest()
+
+
+def read_batches(path: Path, columns: Iterable[str], first: int = 0, end: int | None = None) -> Iterator[Any]:
+    """Yield record batches of rows `first` to `end`, of at most 1,024 rows or one row group each.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            at = 0
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if (end is None or at < end) and at + size > first:
+                    for batch in file.iter_batches(1_024, [group], list(columns), use_threads=False):
+                        low = max(first - at, 0)
+                        high = batch.num_rows if end is None else min(end - at, batch.num_rows)
+                        if low < high:
+                            yield batch.slice(low, high - low)
+                        at += batch.num_rows
+                else:
+                    at += size
+    except (pa.ArrowException, KeyError) as error:
+        raise DataError(f"{path} cannot be read: {error}", fix="dvc repro validate") from error
+
+
+class Cache:
+    """Folders by digest, each whole and with a manifest; a damaged one counts as absent and is made again."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, digest: str) -> Path:
+        """Where the entry of a digest is, or will be."""
+        return self.root / digest
+
+    def find(self, digest: str) -> Path | None:
+        """Return the entry if it is there and every byte of it is as it was written."""
+        folder = self.folder(digest)
+        if not folder.is_dir():
+            return None
+        try:
+            verify_dir(folder)
+        except (DamagedArtifact, MissingInput) as error:
+            log.warning("%s; it is made again", error.message)
+            return None
+        os.utime(folder)
+        return folder
+
+    def make(self, digest: str) -> Any:
+        """Return a context in which an entry is written; see `commit_dir`."""
+        return commit_dir(self.folder(digest))
+
+    def keep(self, used: set[str], spare: int) -> None:
+        """Remove entries that were not used now, but for the `spare` ones that were used last."""
+        others = [each for each in self.root.iterdir() if each.name not in used and not each.name.startswith(".")]
+        others.sort(key=lambda each: (-each.stat().st_mtime, each.name))
+        for folder in others[spare:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def put(source: Path, destination: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def code_digest() -> str:
+    """Return the digest of the code that decides what becomes of a row: other code makes other entries."""
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*.py"), here.parent / "chat.py", here.parent / "sealed.py"])
+    return hashlib.sha256("".join(digest_file(file) for file in files).encode()).hexdigest()

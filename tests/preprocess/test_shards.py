@@ -1,0 +1,113 @@
+"""Shards by content, their cache, and increments."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from regraft.artifacts import verify_dir
+from regraft.preprocess import shards
+from regraft.preprocess.params import HoldoutParams, PreprocessParams
+from regraft.preprocess.preprocess import preprocess
+from regraft.preprocess.shards import cut
+
+PARAMS = PreprocessParams(max_length=128, holdout=HoldoutParams(share=0.1))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of some fifty rows."""
+    monkeypatch.setattr(shards, "_LEAST", 40)
+    monkeypatch.setattr(shards, "_MOST", 90)
+    monkeypatch.setattr(shards, "_ENDS", "0")
+    monkeypatch.setattr("regraft.preprocess.work._LITTLE", 10**6)  # in this process
+
+
+def talk_rows(count: int, first: int = 0) -> list[dict[str, Any]]:
+    dice = random.Random(3)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"where is order {first + i} " + "please " * dice.randrange(9)},
+                {"role": "assistant", "content": f"track {first + i}"},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.mark.usefixtures("small")
+def test_shards_hold_every_row_once_and_a_new_row_changes_only_its_own(write_rows: Callable[..., Path]) -> None:
+    rows = talk_rows(1000)
+    before = list(cut(write_rows(rows, "before") / "rows.parquet"))
+    assert [each.first for each in before] == [0, *(each.end for each in before[:-1])]
+    assert before[-1].end == 1000
+    assert all(40 <= each.rows <= 90 for each in before[:-1])
+    after = list(cut(write_rows([*rows, *talk_rows(10, 5000)], "after") / "rows.parquet"))
+    changed = {each.digest for each in before} - {each.digest for each in after}
+    assert changed <= {before[-1].digest}
+
+
+@pytest.mark.usefixtures("small")
+def test_an_increment_makes_few_shards_and_the_same_bytes_as_a_full_run(
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = talk_rows(600)
+    more = write_rows([*rows, *talk_rows(6, 900)], "more")
+    cache = tmp_path / "cache"
+    preprocess(PARAMS, base=tokenizer_base, rows=write_rows(rows), out=tmp_path / "first", cache=cache)
+    with caplog.at_level("INFO"):
+        report = preprocess(PARAMS, base=tokenizer_base, rows=more, out=tmp_path / "second", cache=cache)
+    assert "; 1 of " in caplog.text or "; 2 of " in caplog.text
+    preprocess(PARAMS, base=tokenizer_base, rows=more, out=tmp_path / "anew")
+    assert (tmp_path / "second/manifest.json").read_bytes() == (tmp_path / "anew/manifest.json").read_bytes()
+    verify_dir(tmp_path / "second")
+    assert report.counts.rows_in == 606
+    assert len(list((tmp_path / "second").glob("train-*.arrow"))) > 5
+
+
+@pytest.mark.usefixtures("small")
+def test_a_damaged_entry_is_found_by_its_digest_and_made_again(
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, cache = write_rows(talk_rows(300)), tmp_path / "cache"
+    preprocess(PARAMS, base=tokenizer_base, rows=folder, out=tmp_path / "first", cache=cache)
+    whole = (tmp_path / "first/manifest.json").read_bytes()
+    shutil.rmtree(tmp_path / "first")
+    names = {"train.arrow", "keys.npz"}
+    for path in sorted(cache.rglob("*")):
+        if path.name in names:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(bytes(content))
+            names.remove(path.name)
+    assert not names
+    preprocess(PARAMS, base=tokenizer_base, rows=folder, out=tmp_path / "second", cache=cache)
+    assert (tmp_path / "second/manifest.json").read_bytes() == whole
+    verify_dir(tmp_path / "second")
+
+
+def test_several_processes_make_the_same_bytes_as_one(
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_rows(talk_rows(400))
+    for name, value in (("_LEAST", 40), ("_MOST", 90), ("_ENDS", "0")):
+        monkeypatch.setattr(shards, name, value)
+    preprocess(PARAMS, base=tokenizer_base, rows=folder, out=tmp_path / "one")
+    monkeypatch.setattr("regraft.preprocess.work._LITTLE", 0)
+    monkeypatch.setenv("REGRAFT_WORKERS", "2")
+    preprocess(PARAMS, base=tokenizer_base, rows=folder, out=tmp_path / "two")
+    assert (tmp_path / "one/manifest.json").read_bytes() == (tmp_path / "two/manifest.json").read_bytes()
+
+
+def test_entries_that_were_not_used_lately_are_removed(
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    for i in range(14):
+        some = write_rows(talk_rows(60, 1000 * i), f"rows-{i}")
+        preprocess(PARAMS, base=tokenizer_base, rows=some, out=tmp_path / "out", cache=cache)
+    assert len(list(cache.iterdir())) == 2 + 18  # two for one shard, and what is spared
