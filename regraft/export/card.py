@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from regraft.export.report import Candidate, Certificate
+from regraft.export.survival import overall
 from regraft.gates.verdict import number
 
 _LONGEST = 80  # characters of a value in a table
@@ -51,7 +52,7 @@ def model_card(certificate: Certificate, lineage: dict[str, Any], *, licence: st
         f"Merged into: the {certificate.chosen} base; the nearest of these candidates.",
         "",
         *_table(
-            ("candidate", "mean KL (nats)", "top-1 agreement", "same answers", "exact match"),
+            ("candidate", "mean KL (nats)", "top-1 agreement", "same answers", "exact match", "delta survival"),
             [_candidate(candidate) for candidate in certificate.candidates],
         ),
         "",
@@ -106,8 +107,9 @@ def _check(check: Any) -> tuple[str, str, str]:
 def _candidate(candidate: Candidate) -> tuple[str, ...]:
     parity = candidate.parity
     if parity is None:
-        return candidate.source, candidate.error or "not measured", "", "", ""
-    figures = (parity.mean_kl, parity.top1_agreement, parity.same_answers, parity.exact_match)
+        return candidate.source, candidate.error or "not measured", "", "", "", ""
+    survived = overall(candidate.survival)
+    figures = (parity.mean_kl, parity.top1_agreement, parity.same_answers, parity.exact_match, survived)
     return candidate.source, *("not finite" if value is None else number(value) for value in figures)
 
 

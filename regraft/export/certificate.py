@@ -7,9 +7,10 @@ from pathlib import Path
 from regraft.artifacts import MANIFEST, read_json, verify_dir
 from regraft.errors import DamagedArtifact, MissingInput, RegraftError
 from regraft.export.params import ExportParams
-from regraft.export.report import Candidate, Certificate, FileEntry, Scores
+from regraft.export.report import Candidate, Certificate, FileEntry, Reference, Scores
+from regraft.export.survival import overall, table
 from regraft.export.tensors import catalogue
-from regraft.gates.verdict import Verdict, at_least, at_most, decide, no_evidence
+from regraft.gates.verdict import Check, Verdict, at_least, at_most, decide, no_evidence
 
 CERTIFICATE = "certificate.json"
 SUMS = "SHA256SUMS"
@@ -17,6 +18,7 @@ README = "README.md"
 LINEAGE = "lineage.json"
 _UNLISTED = {MANIFEST, SUMS, CERTIFICATE}
 _REQUIRED = ("config.json", "generation_config.json", README, LINEAGE)
+FEW_BITS = ("nf4", "int8", "gguf-q8_0")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -34,35 +36,60 @@ def judge(params: ExportParams, scores: Scores, chosen: Candidate | None, judged
     if chosen is None or chosen.parity is None:
         why = "; ".join(f"{each.source}: {each.error or 'not finite'}" for each in scores.candidates)
         return decide("export", [no_evidence(f"no merged model could be measured ({why})")], judged)
-    parity, reference = chosen.parity, scores.reference
-    drop = reference.exact_match - parity.exact_match
-    return decide(
-        "export",
-        [
+    return decide("export", checks(params, scores.reference, chosen), judged)
+
+
+def judge_forms(params: ExportParams, verdict: Verdict, scores: Scores) -> Verdict:
+    """Add the checks of the other forms to a verdict: one that fails, or could not be measured, is a no."""
+    found = list(verdict.checks)
+    for each in scores.candidates:
+        if each.parity is None:
+            found.append(no_evidence(f"the form {each.form} could not be measured ({each.error or 'not finite'})"))
+        else:
+            found += checks(params, scores.reference, each)
+    return decide("export", found, verdict.judged)
+
+
+def checks(params: ExportParams, reference: Reference, found: Candidate) -> list[Check]:
+    """Compare a candidate's or a form's figures with the thresholds; forms of few bits have their own."""
+    parity, few = found.parity, found.form in FEW_BITS
+    assert parity is not None
+    prefix, what = (f"{found.form}.", f"the form {found.form}") if found.form else ("", "the merged model")
+    survived = overall(found.survival)
+    result = []
+    if survived is not None:
+        result.append(
             at_least(
-                "top1_agreement",
-                parity.top1_agreement,
-                params.min_top1_agreement,
-                "Share of tokens on which the merged model agrees with the adapter",
-                rows=reference.rows,
-            ),
-            at_most(
-                "mean_kl",
-                math.nan if parity.mean_kl is None else parity.mean_kl,
-                params.max_mean_kl,
-                "Mean divergence from the adapter on its training base, in nats",
-                rows=reference.rows,
-            ),
-            at_most(
-                "exact_match_drop",
-                drop,
-                params.max_exact_match_drop,
-                f"Drop of exact match ({reference.exact_match:.4f} with the adapter, {parity.exact_match:.4f} merged)",
-                rows=reference.rows,
-            ),
-        ],
-        judged,
-    )
+                f"{prefix}delta_survival",
+                survived,
+                params.min_delta_survival,
+                f"Cosine of the stored change with the one that was learnt (least left in {table(found.survival)})",
+            )
+        )
+    return [
+        *result,
+        at_least(
+            f"{prefix}top1_agreement",
+            parity.top1_agreement,
+            params.min_form_top1_agreement if few else params.min_top1_agreement,
+            f"Share of tokens on which {what} agrees with the adapter",
+            rows=reference.rows,
+        ),
+        at_most(
+            f"{prefix}mean_kl",
+            math.nan if parity.mean_kl is None else parity.mean_kl,
+            params.max_form_mean_kl if few else params.max_mean_kl,
+            f"Mean divergence of {what} from the adapter on its training base, in nats",
+            rows=reference.rows,
+        ),
+        at_most(
+            f"{prefix}exact_match_drop",
+            reference.exact_match - parity.exact_match,
+            params.max_exact_match_drop,
+            f"Drop of exact match ({reference.exact_match:.4f} with the adapter, {parity.exact_match:.4f} with {what})",
+            rows=reference.rows,
+        ),
+    ]
 
 
 def sums(files: dict[str, FileEntry]) -> bytes:
@@ -97,10 +124,15 @@ def verify_export(folder: Path) -> Certificate:
         problems.append(f"{CERTIFICATE} names the identity {certificate.identity!r}, expected 64 hexadecimal digits")
     try:
         weights = {file for file, _ in catalogue(folder).values()}
-        foreign = sorted(name for name in listed if name.endswith(".safetensors") and name not in weights)
+        foreign = sorted(name for name in listed if _is_weight(name) and name not in weights)
         problems += [f"{name} belongs to no index" for name in foreign]
     except RegraftError as error:
         problems.append(error.message)
     if problems:
         raise DamagedArtifact(f"{folder} is not a verified export: " + "; ".join(problems), fix="regraft export")
     return certificate
+
+
+def _is_weight(name: str) -> bool:
+    """Weights of the merged model itself; other forms lie in folders."""
+    return name.endswith(".safetensors") and "/" not in name

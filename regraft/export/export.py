@@ -19,20 +19,24 @@ from regraft.artifacts import (
     digest_json,
     hold,
     pretty_json,
+    read_json,
     verify_dir,
     write_file,
+    write_json,
 )
 from regraft.errors import Exit, GateRefused, ParamsError, PinMismatch, RegraftError, StageFailed
 from regraft.evaluate.holdout import holdout_digest, read_holdout
 from regraft.evaluate.params import EvaluateParams
 from regraft.export.card import model_card
-from regraft.export.certificate import CERTIFICATE, LINEAGE, README, choose, judge, verify_export
+from regraft.export.certificate import CERTIFICATE, LINEAGE, README, choose, judge, judge_forms, verify_export
 from regraft.export.folder import licence_files, licence_name, write_companions
+from regraft.export.formats import make_form
 from regraft.export.merge import Plan, merge, plan_merge, read_config
-from regraft.export.params import ExportParams, Source
+from regraft.export.params import ExportParams, Source, split_source
 from regraft.export.publish import point_latest, prune, publish
 from regraft.export.report import Candidate, Certificate, ExportReport, Scores
 from regraft.export.sources import dequantized, quantized_modules
+from regraft.export.survival import Survival, Survived
 from regraft.export.tensors import Reader
 from regraft.export.verify import Entrant, Job
 from regraft.failpoints import failpoint
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("regraft")
 _REFUSED = "refused"
-_FORMAT = 1  # raised when equal inputs would give other bytes
+_FORMAT = 2  # raised when equal inputs would give other bytes
 
 
 def export(
@@ -106,11 +110,11 @@ def export(
 
         work.mkdir(exist_ok=True)
         try:
-            plan = plan_merge(opened.folder, adapter, params.dtype)
             sources = _sources(params, quantization)
-            _check_disk(
-                plan, [source for source in sources if not (work / source).is_dir()], dataset, params.rows, work
-            )
+            plans = {
+                source: plan_merge(opened.folder, adapter, split_source(source, params.dtype)[1]) for source in sources
+            }
+            _check_disk([plans[source] for source in sources if not (work / source).is_dir()], dataset, params, work)
             job = Job(
                 base=base.absolute(),
                 adapter=adapter.absolute(),
@@ -119,7 +123,7 @@ def export(
                 quantization=quantization,
                 evaluate=evaluate,
                 rows=params.rows,
-                entrants=[_candidate(source, plan, params, quantization, work) for source in sources],
+                entrants=[_candidate(source, plans[source], params, quantization, work) for source in sources],
                 scratch=work.absolute(),
                 out=(work / "scores.json").absolute(),
             )
@@ -127,7 +131,10 @@ def export(
             scores = _verified(job, work)
             chosen = choose(scores)
             draft = _certificate(params, quantization, opened, judged, lineage, identity, key, scores, chosen)
-            certificate = _publish(draft, chosen, opened, lineage, work, out_root)
+            forms: dict[str, Path] = {}
+            if chosen is not None and draft.verdict.passed and params.forms:
+                draft, forms = _forms(draft, chosen, params, plans[chosen.source], job, work)
+            certificate = _publish(draft, chosen, opened, lineage, work, out_root, forms)
         except StageFailed:
             raise  # what is merged already is used again
         except BaseException:
@@ -185,15 +192,18 @@ def _sweep(folder: Path, kept: Path | None) -> None:
 
 def _sources(params: ExportParams, quantization: Quantization) -> list[Source]:
     """The candidates that make sense: an unquantised base has only its original weights."""
-    return [source for source in params.candidates if source == "original" or quantization.bits != 16] or ["original"]
+    found = [each for each in params.candidates if each.startswith("original") or quantization.bits != 16]
+    return found or ["original"]
 
 
-def _check_disk(plan: Plan, missing: list[Source], dataset: Path, rows: int, work: Path) -> None:
+def _check_disk(missing: list[Plan], dataset: Path, params: ExportParams, work: Path) -> None:
     """Refuse before the work when candidates and the reference's log-probabilities do not fit beside the exports."""
-    config = read_config(plan.base)
-    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
-    trained = sum(label != -100 for row in read_holdout(dataset, rows).rows for label in row.labels)
-    wanted = len(missing) * sum(step.target.size for step in plan.steps) + 4 * trained * vocabulary
+    vocabulary = 0
+    for plan in missing:
+        config = read_config(plan.base)
+        vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
+    trained = sum(label != -100 for row in read_holdout(dataset, params.rows).rows for label in row.labels)
+    wanted = sum(plan.size for plan in missing) + 4 * trained * vocabulary
     free = shutil.disk_usage(work).free
     if wanted > free:
         raise RegraftError(
@@ -209,19 +219,43 @@ def _candidate(source: Source, plan: Plan, params: ExportParams, quantization: Q
     folder = work / source
     weights: Weights = Reader.blocks
     assumed = None
-    if source == "dequantized":
+    name, dtype = split_source(source, params.dtype)
+    if name == "dequantized":
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports at import that it has no hub kernels
         weights = dequantized(plan, quantization, compute_dtype(quantization))
         assumed = quantized_modules(plan, quantization)
-    entrant = Entrant(source=source, folder=folder.absolute(), assumed=assumed)
+    beside = work / f"{source}.survival.json"
     try:
         verify_dir(folder)
+        layers = [Survived.model_validate(each) for each in read_json(beside)]
     except RegraftError:
+        survival, shards = Survival(), work / f"{source}.shards"
         with commit_dir(folder) as temporary:
-            merge(plan, temporary, weights=weights)
-            write_companions(plan, temporary, dtype=params.dtype)
+            merge(plan, temporary, weights=weights, partial=shards, key=source, survival=survival)
+            write_companions(plan, temporary, dtype=dtype)
+            layers = survival.layers
+            write_json(beside, [each.model_dump() for each in layers])
+        shutil.rmtree(shards, ignore_errors=True)
         failpoint("export.merged")
-    return entrant
+    return Entrant(source=source, folder=folder.absolute(), assumed=assumed, survival=layers)
+
+
+def _forms(
+    certificate: Certificate, chosen: Candidate, params: ExportParams, plan: Plan, job: Job, work: Path
+) -> tuple[Certificate, dict[str, Path]]:
+    """Make the other forms of the chosen candidate, measure them in a fresh process, and add their checks."""
+    entrants: list[Entrant] = []
+    folders: dict[str, Path] = {}
+    for form in params.forms:
+        folder = work / f"form-{form}"
+        layers = make_form(form, work / chosen.source, plan, folder)
+        folders[form] = folder
+        entrants.append(
+            Entrant(source=chosen.source, folder=folder.absolute(), assumed=None, survival=layers, form=form)
+        )
+    scores = _verified(job.model_copy(update={"entrants": entrants}), work)
+    verdict = judge_forms(params, certificate.verdict, scores)
+    return certificate.model_copy(update={"forms": scores.candidates, "verdict": verdict}), folders
 
 
 def _verified(job: Job, work: Path) -> Scores:
@@ -248,7 +282,13 @@ def _verified(job: Job, work: Path) -> Scores:
 
 
 def _publish(
-    certificate: Certificate, chosen: Candidate | None, base: Base, lineage: dict[str, Any], work: Path, out_root: Path
+    certificate: Certificate,
+    chosen: Candidate | None,
+    base: Base,
+    lineage: dict[str, Any],
+    work: Path,
+    out_root: Path,
+    forms: dict[str, Path],
 ) -> Certificate:
     """Put the chosen candidate in its place, or keep the certificate of a refusal and raise."""
     name = certificate.identity[:16]
@@ -264,7 +304,7 @@ def _publish(
     extras = {path.name: path.read_bytes() for path in licence_files(base.folder)}
     card = model_card(certificate, lineage, licence=licence_name(base.folder), name=f"{base.name}, {name}")
     extras |= {README: card, LINEAGE: pretty_json(lineage)}
-    certificate = publish(work / chosen.source, extras, certificate, out_root / name)
+    certificate = publish(work / chosen.source, extras, certificate, out_root / name, forms)
     verify_export(out_root / name)
     return certificate
 
@@ -286,7 +326,7 @@ def _certificate(
         key=key,
         verdict=judge(params, scores, chosen, judged),
         chosen=chosen.source if chosen else None,
-        dtype=params.dtype,
+        dtype=split_source(chosen.source, params.dtype)[1] if chosen else params.dtype,
         base={name: getattr(base.report, name) for name in ("source", "name", "revision", "digest")},
         quantization=quantization.model_dump(mode="json"),
         adapter_digest=judged["adapter"],

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,7 +26,7 @@ from regraft.failpoints import failpoint
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Plan", "Rounding", "Weights", "merge", "plan_merge", "read_config"]
+__all__ = ["Plan", "Rounding", "Weights", "change", "merge", "plan_merge", "read_config"]
 log = logging.getLogger("regraft")
 
 Weights = Callable[[Reader, str], "Iterator[tuple[int, torch.Tensor]]"]
@@ -68,8 +69,9 @@ def merge(
     done = _begin(partial, wanted) if partial else {}
     digests = {}
     space = _Workspace()
-    readers = [Reader(adapter.weights) for adapter in plan.adapters]
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(_one_thread())
+        readers = [stack.enter_context(Reader(adapter.weights)) for adapter in plan.adapters]
         for file in files:
             steps = {step.target.name: step for step in plan.steps if step.file == file}
             if partial is not None and _is_whole(partial, file, done):
@@ -100,9 +102,6 @@ def merge(
             if partial is not None:
                 _link(partial / file, out / file)
             failpoint("export.merge")
-    finally:
-        for each in readers:
-            each.close()
     if (plan.base / INDEX).is_file():
         index = {
             "metadata": {"total_size": plan.size},
@@ -110,6 +109,19 @@ def merge(
         }
         (out / INDEX).write_bytes(pretty_json(index))
     return digests
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one core, while another writes and digests: blocks fit its cache, and nobody waits at a barrier."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _begin(partial: Path, key: str) -> dict[str, Any]:
@@ -181,6 +193,19 @@ def _merged(
         if survival is not None and step.terms:
             survival.add(block, total, result)
         yield result
+
+
+def change(step: Step, weight: "torch.Tensor", adapters: list[Reader]) -> "torch.Tensor":
+    """Return the whole change of one matrix in float32: the exact sum less the weight."""
+    import torch
+
+    space, start = _Workspace(), weight.float()
+    total = start.clone()
+    for term in step.terms:
+        each = _Factors(term, adapters[term.adapter])
+        total.add_(each.block(0, total.shape[0], total.shape[1], total.shape[0], space))
+        each.scale(total, 0, None)
+    return torch.sub(total, start)
 
 
 def _source(

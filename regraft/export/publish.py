@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from regraft.artifacts import MANIFEST, commit_dir, digest_file, read_json
@@ -18,7 +18,13 @@ _EXPORT = re.compile(r"[0-9a-f]{16}\Z")
 _LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{12}\.tmp\Z")
 
 
-def publish(candidate: Path, extras: dict[str, bytes], certificate: Certificate, destination: Path) -> Certificate:
+def publish(
+    candidate: Path,
+    extras: dict[str, bytes],
+    certificate: Certificate,
+    destination: Path,
+    forms: Mapping[str, Path] | None = None,
+) -> Certificate:
     """Put a candidate's files, `extras`, the certificate and the sums in place of `destination`.
 
     Args:
@@ -26,6 +32,7 @@ def publish(candidate: Path, extras: dict[str, bytes], certificate: Certificate,
         extras: more files by name, such as the model card.
         certificate: everything but `files`, which is filled in here.
         destination: `data/exports/<identity16>`.
+        forms: more committed folders, each to lie in a folder of this name.
 
     Returns:
         The certificate as it was published.
@@ -33,11 +40,15 @@ def publish(candidate: Path, extras: dict[str, bytes], certificate: Certificate,
     Raises:
         DamagedArtifact: a file is no longer what was verified.
     """
-    verified = {name: FileEntry(**entry) for name, entry in read_json(candidate / MANIFEST)["files"].items()}
+    sources, verified = {}, {}
+    for prefix, place in {"": candidate, **(forms or {})}.items():
+        for name, entry in read_json(place / MANIFEST)["files"].items():
+            inside = f"{prefix}/{name}" if prefix else name
+            sources[inside], verified[inside] = place / name, FileEntry(**entry)
     with commit_dir(destination) as folder:
-        for name in verified:
+        for name, source in sources.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(candidate / name, folder / name)
+            _link(source, folder / name)
         for name, data in extras.items():
             (folder / name).write_bytes(data)
         files = {

@@ -1,9 +1,9 @@
 """What an export measured and decided: `certificate.json` of a published folder, and the stage's report."""
 
-from typing import Literal
+from pydantic import BaseModel, ConfigDict, Field
 
-from pydantic import BaseModel, ConfigDict
-
+from regraft.export.params import Form, Source
+from regraft.export.survival import Survived
 from regraft.gates.verdict import Verdict
 from regraft.report import Report
 
@@ -48,12 +48,16 @@ class Parity(_Part):
 class Candidate(_Part):
     """One merge: which base, and how it did."""
 
-    source: Literal["original", "dequantized"]
+    source: Source
     digest: str
     """Digest of its files' manifest."""
     error: str | None
     """Why it could not be loaded or does not count; null where it was measured."""
     parity: Parity | None
+    survival: list[Survived] = Field(default_factory=list)
+    """How much of each module's change is left in the stored weights."""
+    form: Form | None = None
+    """Null for the merged weights themselves."""
 
 
 class Scores(Report):
@@ -80,7 +84,7 @@ class Certificate(Report):
     key: str
     """Digest of everything that the export depends on: equal keys give equal bytes (on a CPU)."""
     verdict: Verdict
-    chosen: Literal["original", "dequantized"] | None
+    chosen: Source | None
     """The candidate that is nearest to the reference; null where none could be measured."""
     dtype: str
     base: dict[str, str | None]
@@ -93,6 +97,8 @@ class Certificate(Report):
     """Digest of `lineage.json`'s content."""
     reference: Reference
     candidates: list[Candidate]
+    forms: list[Candidate] = Field(default_factory=list)
+    """The other forms that were asked for, each made of the chosen candidate and measured."""
     environment: dict[str, str]
     files: dict[str, FileEntry]
     """Every file but this one, SHA256SUMS and manifest.json; empty in the certificate of a refusal."""
@@ -108,7 +114,7 @@ class ExportReport(Report):
     """An export of this key was there, whole, and nothing was made."""
     certificate_digest: str
     """sha256 of `certificate.json`."""
-    chosen: Literal["original", "dequantized"]
+    chosen: Source
     parity: Parity
     reference_exact_match: float
     size: int

@@ -65,7 +65,7 @@ def dequantized(plan: Plan, quantization: Quantization, dtype: "torch.dtype | No
             yield from reader.blocks(name)
             return
         weight = reader.whole(name) if dtype is None else reader.whole(name).to(dtype)
-        weight = _round_trip(weight.t().contiguous() if plan.conv1d else weight, quantization)
+        weight = round_trip(weight.t().contiguous() if plan.conv1d else weight, quantization)
         weight = weight.t().contiguous() if plan.conv1d else weight
         rows, width = weight.shape
         step = max(1, BLOCK // max(1, width))
@@ -75,7 +75,7 @@ def dequantized(plan: Plan, quantization: Quantization, dtype: "torch.dtype | No
     return blocks
 
 
-def _round_trip(weight: "torch.Tensor", quantization: Quantization) -> "torch.Tensor":
+def round_trip(weight: "torch.Tensor", quantization: Quantization) -> "torch.Tensor":
     """Quantise and dequantise a weight (out x in), in its own type."""
     import bitsandbytes.functional as bnb
     import torch

@@ -7,6 +7,7 @@ OUT/                 model, tokenizer, config, merge.json (what was merged, what
 import logging
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -93,8 +94,8 @@ def merge_adapter(
     partial = out.absolute().with_name(f".{out.name}.merging")
     with hold(partial / "lock", f"the merge into {out}"):
         _check_disk(plan, partial)
-        found = {name: digest_file(base / name) for name in ("config.json", *shards(base))}
-        _check_digests(base, found, base_digests or {})
+        names = ("config.json", *shards(base))
+        seen = {name: [(base / name).stat().st_size, (base / name).stat().st_mtime_ns] for name in names}
         adapters = [
             Merged(
                 name=each.folder.name,
@@ -105,13 +106,16 @@ def merge_adapter(
             for each, factor in zip(plan.adapters, (weight, *(factor for _, factor in more)), strict=True)
         ]
         survival = Survival()
-        key = digest_json([found, [each.model_dump() for each in adapters], dtype])
-        with commit_dir(out) as folder:
+        key = digest_json([seen, [each.model_dump() for each in adapters], dtype])
+        with ThreadPoolExecutor(1) as beside, commit_dir(out) as folder:
+            digests = beside.submit(lambda: {name: digest_file(base / name) for name in names})
             merge(plan, folder, rounding=rounding, partial=partial / "shards", key=key, survival=survival)
             write_companions(plan, folder, dtype=dtype)
             write_tokenizer(plan, folder)
             for path in licence_files(base):
                 shutil.copyfile(path, folder / path.name)
+            found = digests.result()
+            _check_digests(base, found, base_digests or {})
             record = MergeRecord(
                 base=found,
                 adapters=adapters,

@@ -27,6 +27,8 @@ class Survived(BaseModel):
     """‖effective‖ / ‖intended‖."""
     relative: float
     """‖intended‖ / ‖W‖."""
+    size: float
+    """‖intended‖."""
 
 
 class Survival:
@@ -51,11 +53,13 @@ class Survival:
     def add(self, before: "torch.Tensor", wanted: "torch.Tensor", after: "torch.Tensor") -> None:
         """Take in one block: the weights before, the exact sum (is overwritten), and what was stored."""
         start = before.float()
-        intended = wanted.sub_(start)
-        effective = after.float().sub_(start)
+        self.compare(wanted.sub_(start), after.float().sub_(start), start)
+
+    def compare(self, intended: "torch.Tensor", effective: "torch.Tensor", weight: "torch.Tensor") -> None:
+        """Take in a change as it was meant, as it is, and the weight that it changes; all in float32."""
         sums = self._sums[-1]
         for place, (one, other) in enumerate(
-            ((effective, intended), (effective, effective), (intended, intended), (start, start))
+            ((effective, intended), (effective, effective), (intended, intended), (weight, weight))
         ):
             sums[place] += _dot(one, other)
 
@@ -71,18 +75,41 @@ class Survival:
                     cosine=both / product if product else float(effective == intended),
                     norm=(effective / intended) ** 0.5 if intended else float(not effective),
                     relative=(intended / weight) ** 0.5 if weight else 0.0,
+                    size=intended**0.5,
                 )
             )
         return found
 
 
 def _dot(one: "torch.Tensor", other: "torch.Tensor") -> float:
-    """Sum of products; row by row in float32, over the rows in float64."""
+    """Sum of products of two contiguous blocks in float32; the sum over blocks is in float64."""
     import torch
 
-    return float(torch.linalg.vecdot(one, other, dim=-1).double().sum())
+    return float(torch.dot(one.reshape(-1), other.reshape(-1)))
 
 
 def worst(layers: Iterable[Survived], count: int = 5) -> list[Survived]:
     """Return the layers that lost most."""
     return sorted(layers, key=lambda layer: layer.cosine)[:count]
+
+
+def overall(layers: Iterable[Survived]) -> float | None:
+    """Return the cosine of all changes taken as one vector; None where nothing was to change."""
+    both = effective = intended = 0.0
+    for each in layers:
+        length = each.size * each.norm
+        both, effective, intended = (
+            both + each.cosine * each.size * length,
+            effective + length**2,
+            intended + each.size**2,
+        )
+    product = (effective * intended) ** 0.5
+    return both / product if product else (0.0 if intended else None)
+
+
+def table(layers: Iterable[Survived], count: int = 3) -> str:
+    """The layers that lost most, in words."""
+    return "; ".join(
+        f"{each.name}: cosine {each.cosine:.3f}, norm {each.norm:.3f} (a change of {each.relative:.2%} of the weight)"
+        for each in worst(layers, count)
+    )

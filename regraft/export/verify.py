@@ -15,14 +15,16 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from regraft.artifacts import verify_dir
 from regraft.errors import DamagedArtifact, Exit, PinMismatch, RegraftError
 from regraft.evaluate.params import EvaluateParams
+from regraft.export.params import Form, Source
 from regraft.export.report import Candidate, Parity, Reference, Scores
+from regraft.export.survival import Survived
 from regraft.failpoints import failpoint
 from regraft.model.params import Quantization
 
@@ -35,10 +37,13 @@ class Entrant(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: Literal["original", "dequantized"]
+    source: Source
     folder: Path
     assumed: list[str] | None
     """Modules that the merge took for quantised; None where it did not matter."""
+    survival: list[Survived] = Field(default_factory=list)
+    """What the merge measured; it goes into the certificate."""
+    form: Form | None = None
 
 
 class Job(BaseModel):
@@ -126,7 +131,7 @@ def _measure(
         digest = verify_dir(entrant.folder)
         if entrant.assumed is not None:
             _check_assumed(entrant.assumed, quantized)
-        model, tokenizer = load_merged(entrant.folder)
+        model, tokenizer = _loaded(entrant, job)
         distance = compare(reference, log_probabilities(model, rows, job.evaluate))
         mine = answer_rows(model, tokenizer, rows, job.evaluate, f"merged into the {entrant.source} base")
         same = sum((a.generated, a.stopped) == (b.generated, b.stopped) for a, b in zip(mine, answers, strict=True))
@@ -142,7 +147,19 @@ def _measure(
     except (RegraftError, OSError, ValueError, RuntimeError) as failure:  # a file that cannot be loaded is a finding
         error = f"{type(failure).__name__}: {failure}".splitlines()[0][:500].replace(f"{entrant.folder}/", "")
         log.warning("export: the merge into the %s base cannot be used: %s", entrant.source, error)
-    return Candidate(source=entrant.source, digest=digest, error=error, parity=parity)
+    return Candidate(
+        source=entrant.source, digest=digest, error=error, parity=parity, survival=entrant.survival, form=entrant.form
+    )
+
+
+def _loaded(entrant: Entrant, job: Job) -> tuple[Any, Any]:
+    if entrant.form == "adapter":
+        from regraft.model.adapter import load_adapter
+        from regraft.model.load import load_model, load_tokenizer, open_base
+
+        base = open_base(job.base)
+        return load_adapter(load_model(base, job.quantization, training=False), entrant.folder), load_tokenizer(base)
+    return load_merged(entrant.folder)
 
 
 def load_merged(folder: Path) -> tuple[Any, Any]:
@@ -153,7 +170,7 @@ def load_merged(folder: Path) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from regraft.model.load import device
+    from regraft.model.load import device, mend_4bit
 
     model, found = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -167,6 +184,7 @@ def load_merged(folder: Path) -> tuple[Any, Any]:
     problems = [f"{kind}: {', '.join(sorted(map(str, found[kind]))[:5])}" for kind in sorted(found) if found[kind]]
     if problems:
         raise DamagedArtifact(f"{folder} does not load whole: " + "; ".join(problems))
+    mend_4bit(model)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     return model.eval(), tokenizer
 

@@ -7,6 +7,7 @@ import pytest
 from regraft.export.certificate import choose, judge
 from regraft.export.params import ExportParams
 from regraft.export.report import Candidate, Parity, Reference, Scores
+from regraft.export.survival import Survived, overall
 
 PARAMS = ExportParams(min_top1_agreement=0.98, max_mean_kl=0.02, max_exact_match_drop=0.01)
 GOOD = {"top1_agreement": 0.98, "mean_kl": 0.02, "exact_match": 0.89}
@@ -57,6 +58,26 @@ def test_one_figure_beyond_its_threshold_is_a_no(figures: dict[str, Any], failed
 
     assert [check.name for check in verdict.checks if not check.passed] == [failed]
     assert not verdict.passed
+
+
+def layer(name: str, cosine: float, size: float) -> Survived:
+    return Survived(name=name, cosine=cosine, norm=1.0, relative=0.01, size=size)
+
+
+def test_a_merge_that_lost_its_change_is_a_no_that_names_the_layers() -> None:
+    found = candidate(exact_match=0.9).model_copy(
+        update={"survival": [layer("first", 0.9, 1.0), layer("second", 0.03, 3.0)]}
+    )
+
+    verdict = judge(PARAMS, scores(found), found, {})
+
+    assert [check.name for check in verdict.checks if not check.passed] == ["delta_survival"]
+    assert "second: cosine 0.030, norm 1.000 (a change of 1.00% of the weight)" in verdict.reasons[0]
+
+
+def test_survival_weighs_layers_by_the_size_of_their_change() -> None:
+    assert overall([layer("large", 1.0, 3.0), layer("small", 0.0, 1.0)]) == pytest.approx(0.9)
+    assert overall([]) is None
 
 
 def test_a_merged_model_that_answers_better_than_the_adapter_passes() -> None:
