@@ -107,6 +107,10 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
     start = _begin(params, peft_model, base, blocks, resumed)
     if params.parent is not None and resumed is None:
         _go_on_from(params, parameters, {name: linear_modules(loaded)[name] for name in expected})
+    if params.kernels == "fused":
+        from regraft.train.kernels import use_fused_kernels
+
+        use_fused_kernels(peft_model)
     return Trainee(peft_model, parameters, "lora", expected, bare, unquantized, start)
 
 
