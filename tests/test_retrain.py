@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from regraft import retrain
-from regraft.artifacts import commit_dir, digest_json, write_json
+from regraft.artifacts import commit_dir, write_json
 from regraft.errors import Busy
+from regraft.export.export import export_key
 from regraft.gates.verdict import Check, Verdict, decide
 from regraft.layout import Layout
 from regraft.register.version import Entry, Version, identity
@@ -62,12 +63,9 @@ class World:
 
     def export(self, of: str = PRESENT) -> None:
         made = {"adapter_digest": "a", "base": {"digest": "b"}, "tokenizer_digest": "c", "identity": of}
-        settings = [
-            self.settings.export.model_dump(mode="json", exclude={"keep"}),
-            self.settings.model.quantization.model_dump(mode="json"),
-        ]
+        key = export_key(self.settings.export, self.settings.model.quantization, of, "a", "b", "c")
         with commit_dir(self.layout.exports / of[:16]) as folder:
-            write_json(folder / "certificate.json", {**made, "key": digest_json([1, of, "a", "b", "c", settings])})
+            write_json(folder / "certificate.json", {**made, "key": key})
 
     def exporting(self, **changes: Any) -> None:
         """Change the section `export`."""

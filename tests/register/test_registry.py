@@ -40,6 +40,7 @@ FILES = {
     "answers.parquet",
     "lineage.json",
     "manifest.json",
+    "profile.json",
     "reports/evaluate.json",
     "reports/model.json",
     "reports/preprocess.json",
