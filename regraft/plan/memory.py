@@ -18,6 +18,8 @@ _BLOCK, _NESTED = 64, 256
 """Weights under one scale, and scales under one scale of theirs (bitsandbytes; arXiv:2305.14314)."""
 CUDA_CONTEXT = 450 * MIB
 """What a process holds on a card before its first tensor: the driver's context and loaded kernels. Not measured here."""
+CPU_CONTEXT = 390 * MIB
+"""What a process on a CPU grows by before its first tensor: the libraries that training loads. Measured once."""
 LIBRARIES = 40 * MIB
 """cuBLAS's workspace with the deterministic setting (32 MiB), and small change."""
 
@@ -41,6 +43,7 @@ class Prediction:
     workspace: int
     """What one layer's backward pass needs beyond the logits that are gone by then; cuBLAS."""
     context: int
+    """Of the driver; on a CPU the loaded libraries."""
     trainable: int
     """Trained parameters (a number, not bytes)."""
     paged: int
@@ -99,7 +102,7 @@ def predict(architecture: Architecture, setup: Setup) -> Prediction:
         activations=kept.saved,
         logits=kept.logits,
         workspace=max(0, kept.backward - kept.logits) + (LIBRARIES if setup.on_gpu else 0),
-        context=CUDA_CONTEXT if setup.on_gpu else 0,
+        context=CUDA_CONTEXT if setup.on_gpu else CPU_CONTEXT,
         trainable=sum(trained),
         paged=paged,
     )

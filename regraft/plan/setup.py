@@ -46,7 +46,7 @@ class Setup:
     matrix products (`eager`)."""
 
     on_gpu: bool = True
-    """A CPU has no context of a driver and no workspace of cuBLAS."""
+    """A CPU has no context of a driver and no workspace of cuBLAS, but the libraries count."""
 
     @property
     def tokens(self) -> int:
