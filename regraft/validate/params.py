@@ -30,6 +30,8 @@ class Reason(StrEnum):
     MOJIBAKE = "mojibake"
     EMAIL = "email"
     CARD_NUMBER = "card_number"
+    IBAN = "iban"
+    PHONE = "phone"
     SECRET = "secret"
     ANSWER_NOT_JSON = "answer_not_json"
     UNKNOWN_LABEL = "unknown_label"
@@ -210,9 +212,11 @@ class ValidateParams(Section):
     """What a row's texts must not hold: control characters other than tab and line ends; characters that reorder what
     a reader sees; UTF-8 that was decoded as something else."""
 
-    pii: list[Literal["email", "card_number", "secret"]] = Field(default=["email", "card_number", "secret"])
-    """What must not be learnt: e-mail addresses, card numbers (by issuer, length and Luhn digit), API keys and private
-    keys. All kinds are masked in quarantine.parquet, whether or not they are listed here."""
+    pii: list[Literal["email", "card_number", "iban", "phone", "secret"]] = Field(
+        default=["email", "card_number", "iban", "phone", "secret"]
+    )
+    """What must not be learnt: e-mail addresses, card numbers (by issuer, length and Luhn digit), bank account numbers
+    (by country, length and check digits), telephone numbers in international form, API keys and private keys. All kinds are masked in quarantine.parquet, whether or not they are listed here."""
 
     duplicates: Literal["keep", "quarantine"] = "keep"
     """What happens to a row whose messages occurred before: `keep` counts it and lets `preprocess` drop it."""
