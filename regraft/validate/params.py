@@ -62,7 +62,7 @@ class DataParams(Section):
     raw: list[str] = Field(default=["data/raw"], min_length=1)
     """Files, folders (read with all below them) and globs, relative to the clone. In params.yaml: data/raw or below it,
     since that folder is what DVC watches for the stage. Read: .jsonl, .ndjson, .json (a list of rows), .csv (commas),
-    .tsv (tabs), all UTF-8. In a folder, names with a leading dot, .md, .dvc and files without a suffix are left out;
+    .tsv (tabs), all UTF-8 and as they are or as .gz or .zst; .parquet and .arrow. In a folder, names with a leading dot, .md, .dvc and files without a suffix are left out;
     any other file that cannot be read counts against `expectations.files`."""
 
     layout: Literal["messages", "prompt_answer"] = "messages"
