@@ -65,12 +65,14 @@ class DataParams(Section):
     .tsv (tabs), all UTF-8 and as they are or as .gz or .zst; .parquet and .arrow. In a folder, names with a leading dot, .md, .dvc and files without a suffix are left out;
     any other file that cannot be read counts against `expectations.files`."""
 
-    layout: Literal["messages", "prompt_answer"] = "messages"
-    """`messages`: one column holds the conversation, a list of {role, content}. `prompt_answer`: templates build one
-    question and its answer from columns."""
+    layout: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "auto", "prompt_answer"] = "messages"
+    """How a row holds a conversation; see `layouts.py`. `messages`: a column with a list of {role, content}. `sharegpt`: one
+    with a list of {from, value}. `alpaca`: `instruction`, `input`, `output`. `prompt_completion`: `prompt`, `completion`.
+    `auto`: whichever of these each row's columns show. `prompt_answer`: templates build one question and its answer."""
 
-    messages: str = "messages"
-    """The conversation's column, for layout `messages`: roles system (only first), then user and assistant in turn."""
+    messages: str | None = None
+    """The conversation's column, for layouts messages and sharegpt: roles system (only first), then user and assistant in
+    turn. Null: `messages`, with sharegpt `conversations`."""
 
     prompt: Template | None = None
     """The user's message as a template over columns, such as "{text}", for layout `prompt_answer`."""
@@ -91,11 +93,16 @@ class DataParams(Section):
     """What results are told apart by: a list of columns, or {name: template}. Each a small set of values (at most
     1,000), since every value is counted in reports."""
 
+    @property
+    def turns(self) -> str:
+        """The column with the list of turns."""
+        return self.messages or ("conversations" if self.layout == "sharegpt" else "messages")
+
     @model_validator(mode="after")
     def _layout_has_its_columns(self) -> Self:
         if self.layout == "prompt_answer" and (self.prompt is None or self.answer is None):
             raise ValueError("`prompt` and `answer` templates with layout prompt_answer")
-        if self.layout == "messages" and (self.prompt or self.answer or self.system):
+        if self.layout != "prompt_answer" and (self.prompt or self.answer or self.system):
             raise ValueError("layout: prompt_answer with the templates `prompt`, `answer` and `system`")
         if self.system is not None:
             columns(self.system)
