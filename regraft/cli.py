@@ -17,6 +17,7 @@ from regraft.errors import Exit, RegraftError
 from regraft.export.cli import commands as merge_commands
 from regraft.inspect.cli import commands as inspect_commands
 from regraft.plan.cli import commands as plan_commands
+from regraft.preprocess.cli import commands as data_commands
 
 HERE = Path()
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(merge_commands)
 app.add_typer(plan_commands)
 app.add_typer(inspect_commands)
+app.add_typer(data_commands)
 STAGES, EFFECTS, WHOLE = "One stage, through DVC", "Judge, register, promote, export", "The whole job"
 Upstream = Annotated[bool, typer.Option("--with-upstream", help="Bring up to date what this stage reads, too.")]
 WHICH = "A number, an alias (champion, challenger), or the first 8 or more characters of an identity."

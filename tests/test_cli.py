@@ -17,7 +17,11 @@ from regraft.layout import Layout
 
 ROOT = Path(__file__).parent.parent
 COMMAND = typer.main.get_command(cli.command_line())
-COMMANDS = dict(COMMAND.commands)  # type: ignore[attr-defined]
+COMMANDS = {  # those of a group by both names
+    " ".join([name, *([each] if each else [])]): found
+    for name, command in COMMAND.commands.items()  # type: ignore[attr-defined]
+    for each, found in (getattr(command, "commands", None) or {"": command}).items()
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +46,7 @@ def test_the_commands_are_the_ones_that_are_documented() -> None:
         *("retrain", "lineage", "diff", "reproduce", "status", "deploy", "worker", "watch"),
         *("merge", "verify"),
         *("plan", "inspect"),
+        *("data show",),
     }
 
 

@@ -26,6 +26,8 @@ class Fate(IntEnum):
     LEAKED = 3
     TOO_LONG = 4
     NOTHING_TO_TRAIN = 5
+    NEAR = 6
+    CONTAMINATED = 7
 
 
 def content_key(messages: Sequence[Message]) -> str:
@@ -34,9 +36,13 @@ def content_key(messages: Sequence[Message]) -> str:
     Messages are joined by line breaks after NFC, case folding and the collapse of white space. A conversation without
     an assistant message is taken whole.
     """
+    return hashlib.sha256(prompt_text(messages).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def prompt_text(messages: Sequence[Message]) -> str:
+    """Return all that precedes the last assistant message, folded; see `content_key`."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    text = "\n".join(_plain(message["content"]) for message in messages[:last])
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return "\n".join(plain(message["content"]) for message in messages[:last])
 
 
 def held_out(key: str, slices: Mapping[str, str], params: HoldoutParams) -> bool:
@@ -83,7 +89,8 @@ def decide(
         fates[order[1:][again]] = Fate.DEDUPLICATED
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Return a text after NFC, case folding and the collapse of white space."""
     if text.isascii():
         return " ".join(text.lower().split())
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())

@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.artifacts import read_json, write_json
-from regraft.preprocess.holdout import row_entry
-from regraft.preprocess.params import HoldoutParams
+from regraft.preprocess.holdout import plain, prompt_text, row_entry
+from regraft.preprocess.params import PreprocessParams
 from regraft.preprocess.shards import Shard, read_batches
 
 if TYPE_CHECKING:
     import numpy as np
 
-KEYS, NAMES = "keys.npz", "names.json"
+KEYS, NAMES, NEAR = "keys.npz", "names.json", "near.npz"
 _COLUMNS = ("row_id", "messages", "slices", "at")
 
 
@@ -41,18 +41,29 @@ class Keys:
         return np.ascontiguousarray(self.keys[:, :8]).view(">u8").ravel().astype(np.uint64)
 
 
-def read_keys(path: Path, shard: Shard, params: HoldoutParams, folder: Path) -> None:
+def read_keys(path: Path, shard: Shard, params: PreprocessParams, folder: Path) -> None:
     """Look at every row of a shard and write what was found into `folder`."""
     import numpy as np
+
+    from regraft.preprocess.near import grams, sketch
+
+    near: list[tuple[np.ndarray, np.ndarray]] = []
+    runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     entries: list[tuple[str, str, str, str, int]] = []
     names: set[str] = set()
     for batch in read_batches(path, _COLUMNS, shard.first, shard.end):
         columns = (batch[name].to_pylist() for name in _COLUMNS)
+        some: list[Any] = batch["messages"].to_pylist()
+        if params.leaks.near is not None:
+            near.append(sketch([prompt_text(messages) for messages in some]))
+        if params.leaks.run is not None:
+            texts = [plain("\n".join(each["content"] for each in messages)) for messages in some]
+            runs.append(grams(texts, params.leaks.run))
         for row_id, messages, slices, at in zip(*columns, strict=True):
             row = {"row_id": row_id, "messages": messages, "slices": dict(slices or ()), "at": at}
             names.update(row["slices"])
-            entries.append(row_entry(row, params))
+            entries.append(row_entry(row, params.holdout))
     keys, answers, times, ids, fates = zip(*entries, strict=True)
     np.savez(
         folder / KEYS,
@@ -62,6 +73,12 @@ def read_keys(path: Path, shard: Shard, params: HoldoutParams, folder: Path) -> 
         ids=np.frombuffer(bytes.fromhex("".join(each[:16] for each in ids)), ">u8").astype(np.uint64),
         fates=np.array(fates, np.int8),
     )
+    found: dict[str, np.ndarray] = {}
+    if near:
+        found |= {"signatures": np.concatenate([a for a, _ in near]), "bags": np.concatenate([b for _, b in near])}
+    if runs:
+        found |= {"runs": np.concatenate([a for a, _ in runs]), "counts": np.concatenate([b for _, b in runs])}
+    np.savez(folder / NEAR, **found)  # type: ignore[arg-type]
     write_json(folder / NAMES, sorted(names))
 
 
@@ -71,3 +88,11 @@ def load_keys(folder: Path) -> Keys:
 
     with np.load(folder / KEYS) as found:
         return Keys(**{name: found[name] for name in found.files}, names=frozenset(read_json(folder / NAMES)))
+
+
+def load_near(folder: Path) -> dict[str, "np.ndarray"]:
+    """Load what the search for leaks needs: `signatures` and `bags`, `runs` and `counts`, where they were asked for."""
+    import numpy as np
+
+    with np.load(folder / NEAR) as found:
+        return dict(found)

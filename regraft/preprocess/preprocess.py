@@ -22,6 +22,7 @@ from regraft.failpoints import failpoint
 from regraft.preprocess.audit import supervision
 from regraft.preprocess.holdout import Fate, decide
 from regraft.preprocess.keys import load_keys
+from regraft.preprocess.leaks import keep_apart
 from regraft.preprocess.params import PreprocessParams
 from regraft.preprocess.report import Counts, PreprocessReport
 from regraft.preprocess.shard import HOLDOUT, PART, TRAIN, TRAIN_ROWS, Part
@@ -78,7 +79,7 @@ def preprocess(
         chat = open_chat(workers.tokenizer)
         common = {
             "code": code_digest(),
-            "params": params.model_dump(exclude={"holdout", "max_dropped_share"}),
+            "params": params.model_dump(exclude={"holdout", "leaks", "max_dropped_share"}),
             "tokenizer": opened.report.tokenizer_digest,
             "template": template_digest(workers.tokenizer),
             "libraries": _versions(),
@@ -146,6 +147,8 @@ class _Table:
             holdout=sum(part.holdout for part in parts),
             deduplicated=of[Fate.DEDUPLICATED],
             leaked=of[Fate.LEAKED],
+            near_holdout=of[Fate.NEAR],
+            contaminated=of[Fate.CONTAMINATED],
             too_long=too_long,
             nothing_to_train=nothing + of[Fate.NOTHING_TO_TRAIN],
         )
@@ -155,7 +158,7 @@ def _look(workers: Workers, shards: Sequence[Shard], store: Cache, params: Prepr
     """Look at every row; decide what becomes of each."""
     import numpy as np
 
-    common = {"code": code_digest(), "holdout": params.holdout.model_dump(mode="json")}
+    common = {"code": code_digest(), "holdout": params.holdout.model_dump(), "leaks": params.leaks.model_dump()}
     entries = [digest_json({**common, "rows": shard.digest}) for shard in shards]
     workers.look(shards, entries)
     kinds: dict[str, Any] = {"prefixes": np.uint64, "answers": np.uint64, "ids": np.uint64, "fates": np.int8}
@@ -175,6 +178,7 @@ def _look(workers: Workers, shards: Sequence[Shard], store: Cache, params: Prepr
         )
     keys, answers, ids, fates = (np.concatenate(parts.pop(name)) for name in kinds)
     decide(keys, answers, np.concatenate(times), ids, fates)
+    keep_apart(params.leaks, [store.folder(entry) for entry in entries], fates)
     return _Table(fates, entries)
 
 

@@ -20,6 +20,10 @@ class Counts(BaseModel):
     """Rows whose prompt and answer another row on the same side has too."""
     leaked: int
     """Rows of the training side left out because their prompt is in the holdout."""
+    near_holdout: int = 0
+    """Rows of the training side left out because their prompt is nearly one of the holdout, or has the same words."""
+    contaminated: int = 0
+    """Rows of the training side left out because they share a long run of words with the holdout."""
     too_long: int
     """Rows of either side with more than `max_length` tokens; left out, not cut."""
     nothing_to_train: int
@@ -27,7 +31,7 @@ class Counts(BaseModel):
 
     @model_validator(mode="after")
     def _check_sum(self) -> "Counts":
-        parts = self.train + self.holdout + self.deduplicated + self.leaked + self.too_long + self.nothing_to_train
+        parts = sum(getattr(self, name) for name in type(self).model_fields if name != "rows_in")
         if parts != self.rows_in:
             raise ValueError(f"the counts add up to {parts}, but {self.rows_in} rows came in")
         return self

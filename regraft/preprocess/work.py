@@ -149,7 +149,7 @@ def _begin(params: PreprocessParams, base: "Base", parent: int) -> None:
 
 def _look(path: Path, shard: Shard, params: PreprocessParams, store: Cache, entry: str) -> None:
     with store.make(entry) as folder:
-        read_keys(path, shard, params.holdout, folder)
+        read_keys(path, shard, params, folder)
 
 
 def _prepare(

@@ -10,6 +10,7 @@ from typing import Any
 
 from regraft.artifacts import canonical_json
 from regraft.errors import DataError, ParamsError
+from regraft.validate.layouts import KNOWN, columns_of_layout, conversation, detect
 from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
 from regraft.validate.source import DataFile, columns_of
@@ -78,8 +79,13 @@ class Mapping:
         return row
 
     def _messages(self, record: dict[str, Any]) -> list[dict[str, str]] | None:
-        if self._prompt is None or self._answer is None:
-            return _conversation(record.get(self.data.messages))
+        if self.data.layout == "auto":
+            found = detect(record, record)
+            return None if found is None else conversation(record, *found)
+        if self.data.layout != "prompt_answer":
+            return conversation(record, self.data.layout, self.data.turns)
+        assert self._prompt is not None
+        assert self._answer is not None
         texts = {"user": fill(self._prompt, record), "assistant": fill(self._answer, record)}
         if self._system is not None:
             texts = {"system": fill(self._system, record), **texts}
@@ -149,6 +155,12 @@ def check_columns(data: DataParams, files: Iterable[DataFile], longest: int) -> 
         if file.format is not None and (found := columns_of(file, set(wanted), longest)):
             seen[file.name] = found
     known = sorted(set().union(*seen.values()))
+    if data.layout == "auto" and (strange := [name for name, found in seen.items() if detect(found) is None]):
+        raise ParamsError(
+            f"data.layout is `auto`, but {', '.join(strange[:5])} has no known layout: expected {KNOWN}\n  "
+            f"columns found: {_listed(known)}",
+            fix="set data.layout to `prompt_answer` with templates over these columns, or name the column at data.messages",
+        )
     nowhere, elsewhere = [], []
     for column, where in wanted.items():
         lacking = [name for name, found in seen.items() if column not in found]
@@ -177,8 +189,8 @@ def _listed(columns: list[str]) -> str:
 def _wanted(data: DataParams) -> dict[str, str]:
     """Return every column named, with the parameter that names it."""
     wanted: dict[str, str] = {}
-    if data.layout == "messages":
-        wanted[data.messages] = "messages"
+    if data.layout != "auto" and data.layout != "prompt_answer":
+        wanted |= dict.fromkeys(columns_of_layout(data.layout, data.turns), "messages")
     for where in ("prompt", "answer", "system"):
         template: str | None = getattr(data, where)
         wanted |= {column: where for column in columns(template or "") if column not in wanted}
@@ -189,19 +201,3 @@ def _wanted(data: DataParams) -> dict[str, str]:
         for column in columns(template):
             wanted.setdefault(column, f"slices.{name}")
     return wanted
-
-
-def _conversation(value: Any) -> list[dict[str, str]] | None:
-    """Return a list of {role, content}; `None` for anything else, and where a message holds more than that."""
-    if not isinstance(value, list) or not value:
-        return None
-    messages = []
-    for each in value:
-        if not isinstance(each, dict):
-            return None
-        role, content = each.get("role"), each.get("content")
-        more = any(other is not None for key, other in each.items() if key not in ("role", "content"))
-        if not isinstance(role, str) or not isinstance(content, str) or more:
-            return None
-        messages.append({"role": role, "content": content})
-    return messages

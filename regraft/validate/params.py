@@ -30,6 +30,8 @@ class Reason(StrEnum):
     MOJIBAKE = "mojibake"
     EMAIL = "email"
     CARD_NUMBER = "card_number"
+    IBAN = "iban"
+    PHONE = "phone"
     SECRET = "secret"
     ANSWER_NOT_JSON = "answer_not_json"
     UNKNOWN_LABEL = "unknown_label"
@@ -60,15 +62,17 @@ class DataParams(Section):
     raw: list[str] = Field(default=["data/raw"], min_length=1)
     """Files, folders (read with all below them) and globs, relative to the clone. In params.yaml: data/raw or below it,
     since that folder is what DVC watches for the stage. Read: .jsonl, .ndjson, .json (a list of rows), .csv (commas),
-    .tsv (tabs), all UTF-8. In a folder, names with a leading dot, .md, .dvc and files without a suffix are left out;
+    .tsv (tabs), all UTF-8 and as they are or as .gz or .zst; .parquet and .arrow. In a folder, names with a leading dot, .md, .dvc and files without a suffix are left out;
     any other file that cannot be read counts against `expectations.files`."""
 
-    layout: Literal["messages", "prompt_answer"] = "messages"
-    """`messages`: one column holds the conversation, a list of {role, content}. `prompt_answer`: templates build one
-    question and its answer from columns."""
+    layout: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "auto", "prompt_answer"] = "messages"
+    """How a row holds a conversation; see `layouts.py`. `messages`: a column with a list of {role, content}. `sharegpt`: one
+    with a list of {from, value}. `alpaca`: `instruction`, `input`, `output`. `prompt_completion`: `prompt`, `completion`.
+    `auto`: whichever of these each row's columns show. `prompt_answer`: templates build one question and its answer."""
 
-    messages: str = "messages"
-    """The conversation's column, for layout `messages`: roles system (only first), then user and assistant in turn."""
+    messages: str | None = None
+    """The conversation's column, for layouts messages and sharegpt: roles system (only first), then user and assistant in
+    turn. Null: `messages`, with sharegpt `conversations`."""
 
     prompt: Template | None = None
     """The user's message as a template over columns, such as "{text}", for layout `prompt_answer`."""
@@ -89,11 +93,16 @@ class DataParams(Section):
     """What results are told apart by: a list of columns, or {name: template}. Each a small set of values (at most
     1,000), since every value is counted in reports."""
 
+    @property
+    def turns(self) -> str:
+        """The column with the list of turns."""
+        return self.messages or ("conversations" if self.layout == "sharegpt" else "messages")
+
     @model_validator(mode="after")
     def _layout_has_its_columns(self) -> Self:
         if self.layout == "prompt_answer" and (self.prompt is None or self.answer is None):
             raise ValueError("`prompt` and `answer` templates with layout prompt_answer")
-        if self.layout == "messages" and (self.prompt or self.answer or self.system):
+        if self.layout != "prompt_answer" and (self.prompt or self.answer or self.system):
             raise ValueError("layout: prompt_answer with the templates `prompt`, `answer` and `system`")
         if self.system is not None:
             columns(self.system)
@@ -210,9 +219,11 @@ class ValidateParams(Section):
     """What a row's texts must not hold: control characters other than tab and line ends; characters that reorder what
     a reader sees; UTF-8 that was decoded as something else."""
 
-    pii: list[Literal["email", "card_number", "secret"]] = Field(default=["email", "card_number", "secret"])
-    """What must not be learnt: e-mail addresses, card numbers (by issuer, length and Luhn digit), API keys and private
-    keys. All kinds are masked in quarantine.parquet, whether or not they are listed here."""
+    pii: list[Literal["email", "card_number", "iban", "phone", "secret"]] = Field(
+        default=["email", "card_number", "iban", "phone", "secret"]
+    )
+    """What must not be learnt: e-mail addresses, card numbers (by issuer, length and Luhn digit), bank account numbers
+    (by country, length and check digits), telephone numbers in international form, API keys and private keys. All kinds are masked in quarantine.parquet, whether or not they are listed here."""
 
     duplicates: Literal["keep", "quarantine"] = "keep"
     """What happens to a row whose messages occurred before: `keep` counts it and lets `preprocess` drop it."""

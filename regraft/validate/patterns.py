@@ -35,6 +35,8 @@ MOJIBAKE = "|".join(
 
 EMAIL_HINT = r"\S@\S+\.\S"
 CARD_HINT = r"[0-9](?:[ .\x{A0}\x{202F}-]?[0-9]){12}"
+IBAN_HINT = r"[A-Za-z]{2}[0-9]{2}[ \x{A0}]?[A-Za-z0-9]{4}"
+PHONE_HINT = r"(?:\+|\b00)[1-9][0-9 ().\x{A0}/-]{6}"
 SECRET_HINT = r"sk-|AKIA|gh[pousr]_|github_pat_|xox[abeprs]-|hf_|glpat-|eyJ|PRIVATE KEY"
 
 _EMAIL = re.compile(r"[\w.+%'-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,63}")
@@ -45,6 +47,22 @@ _CARD = re.compile(
     rf"|[0-9]{{4}}(?:{_GAP}[0-9]{{4}}){{3}}(?:{_GAP}[0-9]{{3}})?(?![0-9])"
     rf"|[0-9]{{4}}{_GAP}[0-9]{{6}}{_GAP}[0-9]{{4,5}}(?![0-9])))"
 )
+_IBAN = re.compile(
+    r"(?<![A-Za-z0-9])([A-Za-z]{2}[0-9]{2}(?:[ \u00a0]?[A-Za-z0-9]{4}){2,7}(?:[ \u00a0]?[A-Za-z0-9]{1,3})?)(?![A-Za-z0-9])"
+)
+_IBAN_LENGTHS = {  # ISO 13616, the registry of SWIFT
+    **dict.fromkeys(["NO"], 15), **dict.fromkeys(["BE"], 16), **dict.fromkeys(["DK", "FI", "FO", "GL", "NL"], 18),
+    **dict.fromkeys(["MK", "SI"], 19), **dict.fromkeys(["AT", "BA", "EE", "KZ", "LT", "LU", "MN", "XK"], 20),
+    **dict.fromkeys(["CH", "CR", "HR", "LI", "LV"], 21), **dict.fromkeys(["BG", "BH", "DE", "GB", "GE", "IE", "ME", "RS"], 22),
+    **dict.fromkeys(["AE", "GI", "IL", "IQ", "OM", "TL"], 23),
+    **dict.fromkeys(["AD", "CZ", "ES", "MD", "PK", "RO", "SA", "SE", "SK", "TN", "VG", "YE"], 24),
+    **dict.fromkeys(["LY", "PT", "ST"], 25), **dict.fromkeys(["IS", "TR"], 26),
+    **dict.fromkeys(["BI", "DJ", "FR", "GR", "IT", "MC", "MR", "SM"], 27),
+    **dict.fromkeys(["AL", "AZ", "BY", "CY", "DO", "GT", "HN", "HU", "LB", "NI", "PL", "SV"], 28),
+    **dict.fromkeys(["BR", "EG", "PS", "QA", "UA"], 29), **dict.fromkeys(["JO", "KW", "MU"], 30),
+    **dict.fromkeys(["MT", "SC"], 31), "LC": 32, "RU": 33,
+}  # fmt: skip
+_PHONE = re.compile(r"(?<![\w.+])(?:\+|(?<![0-9][ .-])00)([1-9](?:[ ().\u00a0/-]{0,2}[0-9]){7,14})(?![0-9])")
 _ISSUER = re.compile(r"4|5[1-5]|2[2-7]|3[47]|3[0689]|35|6011|64|65|62|50|5[6-9]|6[37]")
 _SECRET = re.compile(
     r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[\s\S]*"
@@ -85,22 +103,63 @@ def find_cards(text: str) -> Iterator[tuple[int, int]]:
             yield start, stop
 
 
+def find_ibans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where bank account numbers are: of a known country, of its length, with right check digits (ISO 13616)."""
+    for match in _IBAN.finditer(text):
+        start = match.start(1)
+        plain, ends = "", []
+        for place, letter in enumerate(match.group(1)):
+            if letter not in " \u00a0":
+                plain += letter.upper()
+                ends.append(start + place + 1)
+        length = _IBAN_LENGTHS.get(plain[:2], 0)
+        if not length or len(plain) < length:  # words may follow a number that is written in groups
+            continue
+        end = ends[length - 1]
+        if end < match.end() and text[end] not in " \u00a0":
+            continue
+        digits = "".join(str(int(letter, 36)) for letter in plain[4:length] + plain[:4])
+        if int(digits) % 97 == 1:
+            yield start, end
+
+
+def find_phones(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where telephone numbers in international form are (E.164: a country code and 8 to 15 digits).
+
+    National forms are not found: nothing tells them from other numbers.
+    """
+    for match in _PHONE.finditer(text):
+        yield match.span()
+
+
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     """Yield where API keys, tokens and private keys are, by the forms that their issuers gave them."""
     for match in _SECRET.finditer(text):
         yield match.span()
 
 
-FINDERS = {"email": find_emails, "card_number": find_cards, "secret": find_secrets}
+FINDERS = {
+    "email": find_emails,
+    "card_number": find_cards,
+    "iban": find_ibans,
+    "phone": find_phones,
+    "secret": find_secrets,
+}
 """How each kind of `validate.pii` is found."""
 
-HINTS = {"email": EMAIL_HINT, "card_number": CARD_HINT, "secret": SECRET_HINT}
+HINTS = {
+    "email": EMAIL_HINT,
+    "card_number": CARD_HINT,
+    "iban": IBAN_HINT,
+    "phone": PHONE_HINT,
+    "secret": SECRET_HINT,
+}
 """RE2 patterns that match wherever the finder of the same name might find something."""
 
 
 def mask(text: str) -> str:
-    """Return the text with every secret, card number and address replaced by its kind in brackets."""
-    for kind in ("secret", "card_number", "email"):
+    """Return the text with every secret, number of a card, an account or a telephone, and address replaced by its kind."""
+    for kind in ("secret", "iban", "card_number", "phone", "email"):
         spans = list(FINDERS[kind](text))
         for start, stop in reversed(spans):
             text = f"{text[:start]}[{kind}]{text[stop:]}"

@@ -16,14 +16,17 @@ from typing import IO, Any, Literal
 
 from regraft.errors import DataError
 from regraft.validate.params import Reason
+from regraft.validate.tables import COMPRESSIONS, Compression, Decompressed, as_bytes, columns_of_table, read_table
 
-Format = Literal["jsonl", "json", "csv", "tsv"]
+Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
     ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
 }
 _LEFT_OUT = {"", ".md", ".dvc"}
 _LARGEST_JSON = 256_000_000  # bytes; a .json file is one value and must be parsed as a whole
@@ -37,6 +40,7 @@ class DataFile:
     path: Path
     name: str
     format: Format | None
+    compression: Compression | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,18 @@ def read_rows(file: DataFile, longest: int, opened: Opened) -> Iterator[RawRow]:
     try:
         with file.path.open("rb", buffering=0) as handle:
             hashing = _Hashing(handle)
-            stream = io.BufferedReader(hashing, 1 << 20)
+            whole: IO[bytes] = io.BufferedReader(hashing, 1 << 20)
+            stream = whole
+            inner = None if file.compression is None else Decompressed(whole, file.compression)
+            if inner is not None:
+                stream = io.BufferedReader(inner, 1 << 20)
             for row in _reader(file, stream, longest, opened):
                 read += 1
                 readable += row.record is not None
                 yield row
-            while stream.read(1 << 20):
+            if inner is not None and inner.problem is not None:
+                opened.problem = inner.problem
+            while whole.read(1 << 20):
                 pass
             opened.digest = hashing.sha256.hexdigest()
     except OSError as error:
@@ -124,6 +134,8 @@ def read_rows(file: DataFile, longest: int, opened: Opened) -> Iterator[RawRow]:
 
 def columns_of(file: DataFile, wanted: set[str], longest: int) -> set[str]:
     """Return the columns that a file has, reading only until all that are wanted were seen."""
+    if file.format in ("parquet", "arrow"):
+        return set(columns_of_table(file.path, file.format))
     seen: set[str] = set()
     opened = Opened()
     rows = read_rows(file, longest, opened)
@@ -148,9 +160,23 @@ def _reader(file: DataFile, stream: IO[bytes], longest: int, opened: Opened) -> 
             return _read_json(stream, opened)
         case "csv" | "tsv":
             return _read_csv(stream, longest, opened, "," if file.format == "csv" else "\t")
+        case "parquet" | "arrow":
+            return _read_table(file, file.format, opened)
         case None:
             opened.problem = f"`{file.path.suffix}` is not a known format; known: {', '.join(FORMATS)}"
             return iter(())
+
+
+def _read_table(file: DataFile, kind: Literal["parquet", "arrow"], opened: Opened) -> Iterator[RawRow]:
+    place = 0
+    if file.compression is not None:
+        opened.problem = f"a {kind} file is compressed within itself: unpack it"
+        return
+    try:
+        for place, record in enumerate(read_table(file.path, kind), 1):
+            yield RawRow(place, as_bytes(record), record=record)
+    except ValueError as error:
+        opened.problem = f"after {place:,} rows: {error}"
 
 
 def _read_jsonl(stream: IO[bytes], longest: int) -> Iterator[RawRow]:
@@ -317,7 +343,9 @@ class _Hashing(io.RawIOBase):
 
 
 def _data_file(path: Path, root: Path) -> DataFile:
-    return DataFile(path, _name(path, root), FORMATS.get(path.suffix.lower()))
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    suffix = Path(path.stem).suffix if compression else path.suffix
+    return DataFile(path, _name(path, root), FORMATS.get(suffix.lower()), compression)
 
 
 def _name(path: Path, root: Path) -> str:

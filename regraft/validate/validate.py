@@ -29,6 +29,7 @@ from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
 from regraft.validate.quarantine import QUARANTINE, ROWS, ParquetRows, accepted, quarantined
 from regraft.validate.report import ExpectationResult, FileResult, TimeRange, ValidateReport
+from regraft.validate.seen import Seen
 from regraft.validate.source import DataFile, Opened, RawRow, find_files, read_rows
 from regraft.validate.template import as_text
 
@@ -101,7 +102,7 @@ class _Tally:
     watched: set[Reason]
     sliced: set[str]
     counts: Counts = field(default_factory=Counts)
-    seen: set[bytes] = field(default_factory=set)
+    seen: Seen = field(default_factory=Seen)
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     labels: Counter[str] = field(default_factory=Counter)
     places: dict[Reason, list[str]] = field(default_factory=dict)
@@ -140,18 +141,21 @@ def _read_file(
         made, measured = measure(batch, mapping)
         flags: dict[str, list[int]] = {"accepted": [], "quarantined": [], "duplicate": []}
         reasons_of = _reasons(measured)
+        digests = [
+            row_digests(row) if row is not None and not reasons else None
+            for row, reasons in zip(made, reasons_of, strict=True)
+        ]
+        again = iter(tally.seen.add([each[1] for each in digests if each is not None]))
         for place, (raw, row) in enumerate(zip(batch, made, strict=True)):
             reasons = reasons_of[place]
             duplicate = False
-            if row is not None and not reasons:
-                row_id, key = row_digests(row)
-                duplicate = key in tally.seen
-                tally.seen.add(key)
+            if row is not None and (digest := digests[place]) is not None:
+                duplicate = next(again)
                 if duplicate and mapping.params.duplicates == "quarantine":
                     reasons.append(Reason.DUPLICATE)
                 else:
-                    rows.add(accepted(row_id, file.name, raw.line, row))
-                    tally.digest.update(row_id.encode() + b"\n")
+                    rows.add(accepted(digest[0], file.name, raw.line, row))
+                    tally.digest.update(digest[0].encode() + b"\n")
             if reasons:
                 kept.add(quarantined(file.name, raw, _id_of(raw, row, mapping.data), reasons))
             _count(tally, row, reasons, duplicate, f"{file.name}:{raw.line}")
@@ -159,7 +163,7 @@ def _read_file(
             flags["quarantined"].append(int(bool(reasons)))
             flags["duplicate"].append(int(duplicate))
         for reason in sorted(tally.watched):
-            flags[reason.value] = [int(reason in reasons) for reasons in reasons_of]
+            flags[reason.value] = [int(reason in reasons) if reasons else 0 for reasons in reasons_of]
         tally.report_progress()
         tally.flags.append(pa.table({name: pa.array(values, pa.int8()) for name, values in flags.items()}))
     new, bad = rows.count - rows_before, kept.count - kept_before

@@ -54,6 +54,8 @@ def test_every_row_is_trained_on_held_out_or_counted(
         "holdout": 300 - counts["train"],
         "deduplicated": 1,
         "leaked": 1,
+        "near_holdout": 0,
+        "contaminated": 0,
         "too_long": 1,
         "nothing_to_train": 1,
     }

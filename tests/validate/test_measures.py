@@ -27,6 +27,8 @@ TEXTS = {
     "mojibake": "caf\u00c3\u00a9",
     "email": "me@example.com",
     "card_number": "4111 1111 1111 1111",
+    "iban": "DE89370400440532013000",
+    "phone": "+49 30 12345678",
     "secret": "AKIA" + "ABCD" * 4,
     "over_long": "x" * 101,
 }
@@ -39,7 +41,8 @@ def test_each_kind_of_text_is_measured_in_its_own_row_and_column(reason: str) ->
 
 
 @pytest.mark.parametrize(
-    "reason", ["control_characters", "bidi_characters", "mojibake", "email", "card_number", "secret"]
+    "reason",
+    ["control_characters", "bidi_characters", "mojibake", "email", "card_number", "iban", "phone", "secret"],
 )
 def test_a_kind_that_the_parameters_leave_out_is_not_measured(reason: str) -> None:
     assert found([raw(1, TEXTS[reason])], text=[], pii=[]) == [set()]

@@ -10,6 +10,8 @@ from regraft.validate.patterns import (
     MOJIBAKE,
     find_cards,
     find_emails,
+    find_ibans,
+    find_phones,
     find_secrets,
     luhn,
     mask,
@@ -112,3 +114,38 @@ def test_what_a_finder_finds_is_hinted_at(text: str) -> None:
     found = [kind for kind, find in FINDERS.items() if any(find(text))]
     assert len(found) == 1
     assert matches(HINTS[found[0]], text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("pay to DE89 3704 0044 0532 0130 00 please", ["DE89 3704 0044 0532 0130 00"]),
+        ("GB82WEST12345698765432", ["GB82WEST12345698765432"]),
+        ("nl91 abna 0417 1643 00.", ["nl91 abna 0417 1643 00"]),
+        ("DE89 3704 0044 0532 0130 01", []),  # a wrong check digit
+        ("XX89 3704 0044 0532 0130 00", []),  # no such country
+        ("xDE89370400440532013000", []),
+        ("AB12 CDEF GHIJ", []),
+    ],
+)
+def test_account_numbers_are_told_by_country_length_and_check_digits(text: str, found: list[str]) -> None:
+    assert [text[start:end] for start, end in find_ibans(text)] == found
+    assert not found or pc.match_substring_regex(pa.array([text]), HINTS["iban"])[0].as_py()
+    assert mask(text) == (text.replace(found[0], "[iban]") if found else text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("call +49 (0)30 1234-5678", ["+49 (0)30 1234-5678"]),
+        ("0044 20 7946 0958", ["0044 20 7946 0958"]),
+        ("+1.415.555.2671!", ["+1.415.555.2671"]),
+        ("order 0301234567", []),
+        ("5 + 12345678", []),
+        ("x+12345678", []),
+        ("1+1=2, +12 apples", []),
+    ],
+)
+def test_telephone_numbers_are_told_in_international_form(text: str, found: list[str]) -> None:
+    assert [text[start:end] for start, end in find_phones(text)] == found
+    assert not found or pc.match_substring_regex(pa.array([text]), HINTS["phone"])[0].as_py()

@@ -96,7 +96,7 @@ def test_a_json_file_is_a_list_of_rows(tmp_path: Path) -> None:
         ("x.json", "{}", "it is not a list of rows but dict"),
         ("x.jsonl", "", "it is empty"),
         ("x.jsonl", "PK\x03\x04\nzip\n", "not one of its 2 rows can be read"),
-        ("x.parquet", "PAR1", "`.parquet` is not a known format; known: .jsonl, .ndjson, .json, .csv, .tsv"),
+        ("x.xlsx", "PK", "`.xlsx` is not a known format; known: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
         ("x.csv", "a,b,a\n1,2,3\n", "it has several columns with one name: a"),
     ],
 )
@@ -147,7 +147,7 @@ def test_an_empty_folder_is_an_error_that_says_what_to_put_there(tmp_path: Path)
         find_files(["raw"], tmp_path)
     assert failure.value.message == "there is no data file in raw"
     assert failure.value.fix is not None
-    assert failure.value.fix.startswith("put .jsonl, .ndjson, .json, .csv, .tsv files there")
+    assert failure.value.fix.startswith("put .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow files there")
 
 
 def test_columns_are_those_of_the_header_or_of_all_rows_until_the_wanted_were_seen(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""The commands `regraft data ...`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regraft.command import Json, Root, answer, clone
+
+HERE = Path()
+commands = typer.Typer()
+data = typer.Typer(help="Look at the data.", no_args_is_help=True)
+commands.add_typer(data, name="data", rich_help_panel="The whole job")
+
+
+@data.callback()
+def group() -> None:
+    """Look at the data."""
+
+
+@data.command()
+def show(
+    rows: Annotated[int, typer.Option("--rows", min=1, max=1000, help="Rows of each file.")] = 3,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Show what was understood of each file's first rows, with what is learned coloured (personal data is masked)."""
+    layout = clone(root)
+    from regraft import settings
+    from regraft.preprocess.show import show_rows
+
+    parameters = settings.load(layout)
+    found = show_rows(
+        parameters.data,
+        parameters.validate_,
+        root=layout.root,
+        count=rows,
+        chat=_chat(layout.stage("model")),
+        supervise=parameters.preprocess.supervise,
+    )
+    if as_json:
+        answer([each.as_json() for each in found], [], as_json=True)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for each in found:
+        verdict = "accepted" if not each.reasons else "quarantined: " + ", ".join(each.reasons)
+        tokens = f", {each.learned} of {each.tokens} tokens learned" if each.tokens else ""
+        console.print(Text(f"{each.place}  {each.layout}, {verdict}{tokens}", style="bold"))
+        console.print(Text.assemble(*((text, "green" if learned else "") for text, learned in each.pieces)))
+        if each.problem:
+            console.print(Text(each.problem, style="red"))
+
+
+def _chat(base: Path) -> Any:
+    """Return how the base model renders; None before the stage `model` has run."""
+    if not (base / "report.json").is_file():
+        return None
+    from regraft.chat import open_chat
+    from regraft.model.load import load_tokenizer, open_base
+
+    return open_chat(load_tokenizer(open_base(base, weights=False)))

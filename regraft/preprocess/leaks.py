@@ -1,0 +1,69 @@
+"""Leaving out the training rows that come too near the holdout; shard by shard, by what was kept of each (`near.py`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.preprocess.holdout import Fate
+from regraft.preprocess.keys import load_near
+from regraft.preprocess.near import HeldOut
+from regraft.preprocess.params import LeakParams
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def keep_apart(params: LeakParams, folders: Sequence[Path], fates: "np.ndarray") -> None:
+    """Set the fates of training rows that come too near a held-out one, in place.
+
+    Args:
+        params: how near is too near.
+        folders: what was kept of each shard, in the order of the rows.
+        fates: of all rows, as `decide` left them.
+    """
+    if params.near is not None:
+        _near(params.near, folders, fates)
+    if params.run is not None:
+        _contaminated(folders, fates)
+
+
+def _near(threshold: float, folders: Sequence[Path], fates: "np.ndarray") -> None:
+    import numpy as np
+
+    signatures, bags, at = [], [], 0
+    for folder in folders:
+        found = load_near(folder)
+        held = fates[at : at + len(found["bags"])] == Fate.HOLDOUT
+        signatures.append(found["signatures"][held])
+        bags.append(found["bags"][held])
+        at += len(held)
+    held_out = HeldOut(np.concatenate(signatures), np.concatenate(bags), threshold)
+    at = 0
+    for folder in folders:
+        found = load_near(folder)
+        own = fates[at : at + len(found["bags"])]
+        (train,) = np.nonzero(own == Fate.TRAIN)
+        own[train[held_out.near(found["signatures"][train], found["bags"][train])]] = Fate.NEAR
+        at += len(own)
+
+
+def _contaminated(folders: Sequence[Path], fates: "np.ndarray") -> None:
+    import numpy as np
+
+    runs, at = [np.empty(0, np.uint64)], 0
+    for folder in folders:
+        found = load_near(folder)
+        held = fates[at : at + len(found["counts"])] == Fate.HOLDOUT
+        runs.append(np.unique(found["runs"][np.repeat(held, found["counts"])]))
+        at += len(held)
+    known = np.unique(np.concatenate(runs))
+    at = 0
+    for folder in folders:
+        found = load_near(folder)
+        counts = found["counts"]
+        own = fates[at : at + len(counts)]
+        shared = np.repeat(np.arange(len(counts)), counts)[np.isin(found["runs"], known)]
+        touched = np.zeros(len(counts), bool)
+        touched[shared] = True
+        own[touched & (own == Fate.TRAIN)] = Fate.CONTAMINATED
+        at += len(own)

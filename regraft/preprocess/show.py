@@ -1,0 +1,91 @@
+"""The first rows of each file as the stages understand them: layout, verdict, and the text with what is learned in it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from regraft.chat import Chat, Supervise, last_answer
+from regraft.errors import DataError
+from regraft.validate.layouts import detect
+from regraft.validate.mapping import Mapping, Row, check_columns
+from regraft.validate.measures import measure
+from regraft.validate.params import DataParams, Reason, ValidateParams
+from regraft.validate.patterns import mask
+from regraft.validate.source import Opened, find_files, read_rows
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row."""
+
+    place: str
+    layout: str
+    reasons: Sequence[str]
+    """Why it would be quarantined; empty for one that would be accepted."""
+    pieces: list[tuple[str, bool]] = field(default_factory=list)
+    """Rendered text, cut where learning begins and ends; True is learned. Personal data and secrets are masked."""
+    tokens: int = 0
+    learned: int = 0
+    problem: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for `--json`."""
+        return asdict(self)
+
+
+def show_rows(
+    data: DataParams, params: ValidateParams, *, root: Path, count: int, chat: Chat | None, supervise: Supervise
+) -> list[Shown]:
+    """Return the first `count` rows of each file.
+
+    Args:
+        data: where rows are and how they are read.
+        params: what they must fulfil.
+        root: the clone.
+        count: rows of each file.
+        chat: how the base model renders; None shows the turns as they are, with no tokens.
+        supervise: what is learned.
+
+    Raises:
+        DataError, ParamsError: as `validate` raises them for files and columns.
+    """
+    files, _ = find_files(data.raw, root)
+    longest = 65_536 + 6 * params.max_bytes
+    check_columns(data, files, longest)
+    mapping = Mapping(data, params)
+    found = []
+    for file in files:
+        batch = list(islice(read_rows(file, longest, Opened()), count))
+        rows, measured = measure(batch, mapping)
+        for i, (raw, row) in enumerate(zip(batch, rows, strict=True)):
+            reasons = [
+                each.value for each in Reason if each.value in measured.column_names and measured[each.value][i].as_py()
+            ]
+            layout = data.layout
+            if layout == "auto" and raw.record is not None and (told := detect(raw.record, raw.record)) is not None:
+                layout = told[0]
+            place = f"{file.name}:{raw.line}"
+            found.append(_shown(place, layout, reasons, row, chat, supervise))
+    return found
+
+
+def _shown(
+    place: str, layout: str, reasons: Sequence[str], row: Row | None, chat: Chat | None, supervise: Supervise
+) -> Shown:
+    if row is None:
+        return Shown(place, layout, reasons)
+    messages = [{**each, "content": mask(each["content"].encode(errors="replace").decode())} for each in row.messages]
+    plain = [(f"{each['role']}: {each['content']}\n", each["role"] == "assistant") for each in messages]
+    if chat is None or last_answer(messages) is None:
+        return Shown(place, layout, reasons, plain)
+    try:
+        rendered = chat.encode([messages], supervise, [place])[0]
+    except DataError as error:
+        return Shown(place, layout, reasons, plain, problem=error.message)
+    cuts = [0, *(at for span in rendered.answers for at in span), len(rendered.input_ids)]
+    texts = chat.sealed.decode([rendered.input_ids[low:high] for low, high in pairwise(cuts)])
+    pieces = [(chat.sealed.unseal(text), i % 2 == 1) for i, text in enumerate(texts) if text]
+    learned = sum(end - start for start, end in rendered.answers)
+    return Shown(place, layout, reasons, pieces, len(rendered.input_ids), learned)

@@ -1,0 +1,109 @@
+"""How other tools write a conversation, and how to tell: OpenAI's messages, ShareGPT, Alpaca, prompt and completion.
+
+messages           {column}: [{role, content}, ...]
+sharegpt           {column}: [{from, value}, ...]            human, gpt, system, user, assistant
+alpaca             instruction, output; perhaps input, system
+prompt_completion  prompt, completion: two texts, or two lists of {role, content}
+auto               each row by its own columns, in this order: a list in `messages` or in `conversations`, then
+                   `instruction` with `output`, then `prompt` with `completion`
+"""
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+Named = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_COLUMNS: dict[Named, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+}
+_LISTS = ("messages", "conversations")
+KNOWN = "a list in `messages` or `conversations`, `instruction` and `output`, or `prompt` and `completion`"
+
+
+def columns_of_layout(layout: Named, column: str) -> tuple[str, ...]:
+    """Return the columns that every row of a layout has."""
+    return _COLUMNS.get(layout, (column,))
+
+
+def detect(columns: Collection[str], record: dict[str, Any] | None = None) -> tuple[Named, str] | None:
+    """Return the layout of rows with these columns, and the column of the list of turns ("" where there is none).
+
+    Args:
+        columns: names of columns.
+        record: a row, which tells the two kinds of lists apart; without, the name of the column does.
+    """
+    for column in _LISTS:
+        if column in columns and (record is None or isinstance(record.get(column), list)):
+            first = next(iter((record or {}).get(column) or ()), None)
+            if isinstance(first, dict):
+                return ("sharegpt" if "from" in first else "messages"), column
+            return ("messages" if column == "messages" else "sharegpt"), column
+    for layout, needed in _COLUMNS.items():
+        if set(needed) <= set(columns):
+            return layout, ""
+    return None
+
+
+def conversation(record: dict[str, Any], layout: Named, column: str) -> list[dict[str, str]] | None:
+    """Return the turns of a row as {role, content}; None where it is not of the layout.
+
+    A speaker that is not known stays as he is, so that the row is quarantined for its roles.
+    """
+    match layout:
+        case "messages":
+            return _turns(record.get(column))
+        case "sharegpt":
+            return _spoken(record.get(column))
+        case "alpaca":
+            return _alpaca(record)
+        case "prompt_completion":
+            return _prompt_completion(record)
+
+
+def _turns(value: Any) -> list[dict[str, str]] | None:
+    """Return a list of {role, content}; `None` for anything else, and where a message holds more than that."""
+    if not isinstance(value, list) or not value:
+        return None
+    messages = []
+    for each in value:
+        if not isinstance(each, dict):
+            return None
+        role, content = each.get("role"), each.get("content")
+        if len(each) != 2 and any(other is not None for key, other in each.items() if key not in ("role", "content")):
+            return None
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _spoken(value: Any) -> list[dict[str, str]] | None:
+    if not isinstance(value, list) or not value:
+        return None
+    messages = []
+    for each in value:
+        speaker, text = (each.get("from"), each.get("value")) if isinstance(each, dict) else (None, None)
+        if not isinstance(speaker, str) or not isinstance(text, str):
+            return None
+        messages.append({"role": _SPEAKERS.get(speaker, speaker), "content": text})
+    return messages
+
+
+def _alpaca(record: dict[str, Any]) -> list[dict[str, str]] | None:
+    instruction, given, output, system = (record.get(name) for name in ("instruction", "input", "output", "system"))
+    if not isinstance(instruction, str) or not isinstance(output, str):
+        return None
+    if not isinstance(given, str | None) or not isinstance(system, str | None):
+        return None
+    question = f"{instruction}\n\n{given}" if given and given.strip() else instruction
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
+
+
+def _prompt_completion(record: dict[str, Any]) -> list[dict[str, str]] | None:
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    before, after = _turns(prompt), _turns(completion)
+    return None if before is None or after is None else [*before, *after]
