@@ -30,9 +30,10 @@ class PreprocessParams(Section):
     max_dropped_share: float = Field(default=0.02, ge=0, le=1)
     """The stage refuses when more than this share of all rows is too long or has nothing to train on; 0 to 1."""
 
-    supervise: Literal["assistant", "last"] = "assistant"
-    """Whose words are learned: every answer of a conversation, or its last one only (for templates that render earlier
-    answers differently, and for data whose earlier answers are poor)."""
+    supervise: Literal["assistant", "last", "all"] = "assistant"
+    """Whose words are learned: every answer of a conversation, its last one only (for templates that render earlier
+    answers differently, and for data whose earlier answers are poor), or all tokens up to the last answer's end, for
+    data whose questions are worth learning too."""
 
     packing: bool = True
     """Put several conversations into one block, each with positions of its own: fewer steps and hardly any padding."""
