@@ -26,6 +26,7 @@ class Fate(IntEnum):
     LEAKED = 3
     TOO_LONG = 4
     NOTHING_TO_TRAIN = 5
+    AGED = 6
 
 
 def content_key(messages: Sequence[Message]) -> str:

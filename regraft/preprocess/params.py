@@ -17,6 +17,16 @@ class HoldoutParams(Section):
     """Slice to value: rows with any of these are always held out, such as phrasings that no training row may have."""
 
 
+class ReplayParams(Section):
+    """How much of older rows is trained on again; age is counted from the newest row, not from today."""
+
+    half_life: float = Field(gt=0, le=36_500)
+    """Days after which half of the rows are left out; above 0, up to 36,500."""
+
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Share that always stays, however old; 0 to 1. What is never repeated is forgotten."""
+
+
 class PreprocessParams(Section):
     """How conversations become tokens, which of those are learned, and which rows are held out."""
 
@@ -40,6 +50,9 @@ class PreprocessParams(Section):
 
     block_length: int | None = Field(default=None, ge=16, le=1_048_576)
     """Tokens in a packed block, 16 to 1,048,576 and at least `max_length`; null is `max_length`."""
+
+    replay: ReplayParams | None = None
+    """Leave out a share of older training rows, by age; null trains on all of them. The holdout keeps every row."""
 
     holdout: HoldoutParams = Field(default_factory=HoldoutParams)
     """Which rows are held out."""

@@ -23,6 +23,7 @@ from regraft.preprocess.audit import supervision
 from regraft.preprocess.holdout import Fate, decide
 from regraft.preprocess.keys import load_keys
 from regraft.preprocess.params import PreprocessParams
+from regraft.preprocess.replay import thin
 from regraft.preprocess.report import Counts, PreprocessReport
 from regraft.preprocess.shard import HOLDOUT, PART, TRAIN, TRAIN_ROWS, Part
 from regraft.preprocess.shards import Cache, Shard, code_digest, cut, put
@@ -148,6 +149,7 @@ class _Table:
             leaked=of[Fate.LEAKED],
             too_long=too_long,
             nothing_to_train=nothing + of[Fate.NOTHING_TO_TRAIN],
+            aged=of[Fate.AGED],
         )
 
 
@@ -174,7 +176,10 @@ def _look(workers: Workers, shards: Sequence[Shard], store: Cache, params: Prepr
             fix="name a column of `data.slices`, or leave it out",
         )
     keys, answers, ids, fates = (np.concatenate(parts.pop(name)) for name in kinds)
-    decide(keys, answers, np.concatenate(times), ids, fates)
+    at = np.concatenate(times)
+    decide(keys, answers, at, ids, fates)
+    if params.replay is not None:
+        thin(fates, at, ids, params.replay)
     return _Table(fates, entries)
 
 

@@ -24,10 +24,13 @@ class Counts(BaseModel):
     """Rows of either side with more than `max_length` tokens; left out, not cut."""
     nothing_to_train: int
     """Rows without an answer, or whose answer has no token."""
+    aged: int = 0
+    """Training rows left out for their age, by `preprocess.replay`."""
 
     @model_validator(mode="after")
     def _check_sum(self) -> "Counts":
         parts = self.train + self.holdout + self.deduplicated + self.leaked + self.too_long + self.nothing_to_train
+        parts += self.aged
         if parts != self.rows_in:
             raise ValueError(f"the counts add up to {parts}, but {self.rows_in} rows came in")
         return self

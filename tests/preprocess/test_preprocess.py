@@ -56,6 +56,7 @@ def test_every_row_is_trained_on_held_out_or_counted(
         "leaked": 1,
         "too_long": 1,
         "nothing_to_train": 1,
+        "aged": 0,
     }
     assert report.supervision.dropped_share == round(2 / 304, 6)
     assert report.supervision.rows == counts["train"]
