@@ -33,4 +33,4 @@ def thin(fates: "np.ndarray", times: "np.ndarray", ids: "np.ndarray", params: Re
     ages = (days[dated].max() - days).clip(min=0)
     weights = np.where(dated, np.maximum(params.floor, 0.5 ** (ages / params.half_life)), 1.0)
     chances = ids.astype(np.float64) / 2.0**64
-    fates[(fates == Fate.TRAIN) & (chances >= weights)] = Fate.AGED
+    fates[(fates == Fate.TRAIN) & (weights < 1) & (chances >= weights)] = Fate.AGED

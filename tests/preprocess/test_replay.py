@@ -50,11 +50,12 @@ def test_the_report_counts_what_was_left_out_and_the_holdout_keeps_its_rows(
     tokenizer_base: Path, write_rows: Callable[..., Path], rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     dated = [{**row, "at": "2026-09-01" if index % 2 else "2026-06-03"} for index, row in enumerate(rows)]
+    written = write_rows(dated)
     reports = [
         preprocess(
             PreprocessParams(max_length=128, holdout=HoldoutParams(share=0.1), replay=replay),
             base=tokenizer_base,
-            rows=write_rows(dated),
+            rows=written,
             out=tmp_path / str(replay is None),
         )
         for replay in (None, ReplayParams(half_life=30, floor=0.05))
