@@ -206,17 +206,22 @@ def write_blocks(material: Material, *, packing: bool = True) -> None:
 
     from regraft.artifacts import commit_dir, digest_file
     from regraft.preprocess.files import block_schema
-    from regraft.preprocess.pack import Spool, pack_blocks, plan_blocks
+    from regraft.preprocess.pack import plan_blocks
 
-    with commit_dir(material.folder / "data") as out, Spool(material.folder) as spool:
-        for ids, labels in material.train:
-            spool.append(ids, labels)
-        spool.seal()
+    lengths = [len(ids) for ids, _ in material.train]
+    plan = plan_blocks(lengths, BLOCK) if packing else [[index] for index in range(len(lengths))]
+    blocks = [
+        {
+            "input_ids": [token for index in members for token in material.train[index][0]],
+            "labels": [label for index in members for label in material.train[index][1]],
+            "position_ids": [position for index in members for position in range(lengths[index])],
+        }
+        for members in plan
+    ]
+    with commit_dir(material.folder / "data") as out:
         path = out / "train-00000.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, block_schema()) as writer:
-            blocks = plan_blocks(spool.lengths, BLOCK) if packing else [[index] for index in range(len(spool.lengths))]
-            for batch in pack_blocks(spool, blocks):
-                writer.write_batch(batch)
+            writer.write_table(pa.Table.from_pylist(blocks, block_schema()))
         (out / "report.json").write_text(json.dumps({"schema_version": 1, "train_digest": digest_file(path)}))
 
 
