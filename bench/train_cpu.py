@@ -200,22 +200,28 @@ def make_material(folder: Path, rows: int, vocabulary: int) -> Material:
     return material
 
 
-def write_blocks(material: Material) -> None:
-    """Pack the conversations as the stage `preprocess` does."""
+def write_blocks(material: Material, *, packing: bool = True) -> None:
+    """Write the conversations as the stage `preprocess` does, packed or one to a block."""
     import pyarrow as pa
 
     from regraft.artifacts import commit_dir, digest_file
     from regraft.preprocess.files import block_schema
-    from regraft.preprocess.pack import Spool, pack_blocks, plan_blocks
+    from regraft.preprocess.pack import plan_blocks
 
-    with commit_dir(material.folder / "data") as out, Spool(material.folder) as spool:
-        for ids, labels in material.train:
-            spool.append(ids, labels)
-        spool.seal()
+    lengths = [len(ids) for ids, _ in material.train]
+    plan = plan_blocks(lengths, BLOCK) if packing else [[index] for index in range(len(lengths))]
+    blocks = [
+        {
+            "input_ids": [token for index in members for token in material.train[index][0]],
+            "labels": [label for index in members for label in material.train[index][1]],
+            "position_ids": [position for index in members for position in range(lengths[index])],
+        }
+        for members in plan
+    ]
+    with commit_dir(material.folder / "data") as out:
         path = out / "train-00000.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, block_schema()) as writer:
-            for batch in pack_blocks(spool, plan_blocks(spool.lengths, BLOCK)):
-                writer.write_batch(batch)
+            writer.write_table(pa.Table.from_pylist(blocks, block_schema()))
         (out / "report.json").write_text(json.dumps({"schema_version": 1, "train_digest": digest_file(path)}))
 
 
@@ -297,7 +303,7 @@ def run_trl(material: Material, peer: Peer, epochs: float = 1.0, steps: int = -1
         return tokens / (clock.ended - clock.begun), held_out_loss(trainer.model, material)
 
 
-def held_out_loss(model: Any, material: Material) -> float:
+def held_out_loss(model: Any, material: Material, prompt_tokens: int = 0) -> float:
     """Mean loss for each trained token, each conversation alone."""
     import torch
 
@@ -311,7 +317,7 @@ def held_out_loss(model: Any, material: Material) -> float:
     with torch.no_grad():
         for first in range(0, len(rows), 32):
             batch = collate(rows[first : first + 32], pad_id=0)
-            total += float(summed_loss(model, batch))
+            total += float(summed_loss(model, batch, prompt_tokens))
             tokens += int((batch["labels"][:, 1:] != -100).sum())
     return total / tokens
 

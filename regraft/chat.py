@@ -15,7 +15,7 @@ still, so that rendering is repeatable.
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -58,6 +58,12 @@ class Rendered:
     def prompt_ids(self) -> list[int]:
         """The tokens before the last answer: what the model is given when it has to write it."""
         return self.input_ids[: self.answers[-1][0]]
+
+    def learning_all(self) -> "Rendered":
+        """The same conversation with every token but the first learned, up to the end of its last answer."""
+        end = self.answers[-1][1]
+        rest = [IGNORED] * (len(self.input_ids) - end)
+        return replace(self, labels=[IGNORED, *self.input_ids[1:end], *rest])
 
 
 class Chat:

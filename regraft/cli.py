@@ -218,6 +218,23 @@ def export(version: Version = "champion", root: Root = HERE, as_json: Json = Fal
     answer({"version": done.version, "folder": str(done.folder), "new": done.new}, lines, as_json=as_json)
 
 
+@app.command(rich_help_panel=STAGES)
+def parent(
+    version: Version = "champion",
+    none: Annotated[bool, typer.Option("--none", help="Start the next training afresh.")] = False,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Fetch a version's adapter and let the next training go on from it: writes train.parent in params.yaml."""
+    layout = clone(root)
+    from regraft import settings
+    from regraft.parent import set_parent
+
+    done = set_parent(layout, settings.load(layout), None if none else version)
+    line = f"The next training goes on from version {done.number}: {done.adapter}"
+    answer(vars(done), ["The next training starts afresh." if done.number is None else line], as_json=as_json)
+
+
 def _champion(number: int, previous: int | None, changed: bool, as_json: bool) -> None:
     before = "there was none before" if previous is None else f"before it was version {previous}"
     line = f"Version {number} is the champion; {before}." if changed else f"Version {number} was the champion already."

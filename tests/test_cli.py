@@ -45,7 +45,7 @@ def test_the_commands_are_the_ones_that_are_documented() -> None:
         *("model", "validate", "preprocess", "train", "evaluate", "register", "promote", "rollback", "export"),
         *("retrain", "lineage", "diff", "reproduce", "status", "deploy", "worker", "watch"),
         *("merge", "verify"),
-        *("plan", "inspect"),
+        *("plan", "inspect", "parent"),
         *("data show",),
     }
 

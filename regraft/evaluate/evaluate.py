@@ -85,7 +85,7 @@ def _score_all(
     import torch
 
     from regraft.evaluate.score import answer_rows
-    from regraft.model.adapter import adapter_digest, check_adapter, load_adapter
+    from regraft.model.adapter import adapter_digest, check_adapter, load_adapter, take_off
     from regraft.model.load import load_model, load_tokenizer, open_base
 
     # Everything that can be wrong is looked at before the weights are loaded.
@@ -113,7 +113,7 @@ def _score_all(
             else:
                 adapted = load_adapter(model, path)
                 answers = answer_rows(adapted, tokenizer, holdout.rows, params, name)
-                model = adapted.unload()  # the plain base again, for the next adapter
+                model = take_off(adapted)  # the plain base again, for the next adapter
             seconds[name] = time.monotonic() - clock
             write_answers(made / f"answers-{name}.parquet", answers)
             scores[name] = summarise(answers, slices)

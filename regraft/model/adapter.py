@@ -18,6 +18,7 @@ __all__ = [
     "CONFIG", "WEIGHTS", "Adapter", "adapter_bytes", "adapter_config", "adapter_digest", "adapter_parameters", "attach",
     "check_adapter", "linear_modules", "load_adapter", "load_parameters", "load_weights", "lora_layers", "matches",
     "save_adapter",
+    "take_off",
 ]  # fmt: skip
 
 
@@ -61,6 +62,25 @@ def load_adapter(model: "nn.Module", folder: Path, *, name: str = "default") -> 
     peft_model.requires_grad_(False)
     peft_model.eval()
     return peft_model
+
+
+def take_off(model: "PeftModel") -> Any:
+    """Return the plain base of a model, as it was before adapters were put on it.
+
+    PEFT's `unload` leaves modules that an adapter saved whole in the base's place, and the next one would be judged on
+    them.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    originals = {
+        name.removeprefix(PREFIX): module.original_module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    base: Any = model.unload()
+    for name, module in originals.items():
+        base.set_submodule(name, module)
+    return base
 
 
 def attach(model: "nn.Module", config: Any, *, name: str = "default") -> "PeftModel":

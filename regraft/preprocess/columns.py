@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.chat import IGNORED, Chat, Message, Rendered, Supervise, last_answer
 from regraft.errors import DataError
@@ -55,13 +55,16 @@ class Tokens:
 class Encoder:
     """Encodes batches; keeps the skeletons."""
 
-    def __init__(self, chat: Chat, tokenizer: Any, supervise: Supervise, max_length: int, *, short: bool) -> None:
+    def __init__(
+        self, chat: Chat, tokenizer: Any, supervise: Supervise | Literal["all"], max_length: int, *, short: bool
+    ) -> None:
         import numpy as np
 
         self._chat = chat
-        self._supervise: Supervise = supervise
+        self._all = supervise == "all"  # the answers are told apart as for `assistant`, and more is learned
+        self._supervise: Supervise = "assistant" if supervise == "all" else supervise
         self._max_length = max_length
-        self._skeletons = Skeletons(chat, tokenizer, supervise)
+        self._skeletons = Skeletons(chat, tokenizer, self._supervise)
         if not short:
             self._skeletons.refuse()
         self._plain = tokenizer
@@ -127,14 +130,14 @@ class Encoder:
             elif all(end - start <= bool(self._chat.ending) for start, end in row.answers):
                 into.nothing.append(talks.places[i])
             else:
-                kept.append((i, row))
+                kept.append((i, row.learning_all() if self._all else row))
         if not kept:
             return
         into.places += [talks.places[i] for i, _ in kept]
         into.ids.append(np.fromiter(chain.from_iterable(row.input_ids for _, row in kept), np.int32))
         into.labels.append(np.fromiter(chain.from_iterable(row.labels for _, row in kept), np.int32))
         into.lengths.append(np.array([len(row.input_ids) for _, row in kept], np.int32))
-        into.trained.append(np.array([sum(end - at for at, end in row.answers) for _, row in kept], np.int32))
+        into.trained.append(np.array([sum(x != IGNORED for x in row.labels) for _, row in kept], np.int32))
         into.prompts.append(np.array([row.answers[-1][0] for _, row in kept], np.int32))
         if audit is not None:
             audit.add([talks.messages[i] for i, _ in kept], [row for _, row in kept])
@@ -167,11 +170,13 @@ class Encoder:
         self._compare(keep, ids, starts, ends, firsts, lasts, members, talks, audit, texts)
 
         marks = np.zeros(len(ids) + 1, np.int8)
-        marks[firsts[keep].ravel()] += 1  # answers of one conversation do not touch: a header stands between
-        marks[lasts[keep].ravel()] -= 1
+        # Answers of one conversation do not touch: a header stands between. A first token is never learned.
+        begin, end = ((starts + 1)[:, None], lasts[:, -1:]) if self._all else (firsts, lasts)
+        marks[begin[keep].ravel()] += 1
+        marks[end[keep].ravel()] -= 1
         labels = np.where(np.cumsum(marks[:-1], dtype=np.int8) > 0, ids, np.int32(IGNORED))
         chosen = np.repeat(keep, lengths)
-        trained = (lasts - firsts).sum(axis=1)
+        trained = (end - begin).sum(axis=1)
         kept = np.flatnonzero(keep)
         into.places += [talks.places[members[i]] for i in kept]
         into.ids.append(ids[chosen])

@@ -28,6 +28,7 @@ class Fate(IntEnum):
     NOTHING_TO_TRAIN = 5
     NEAR = 6
     CONTAMINATED = 7
+    AGED = 8
 
 
 def content_key(messages: Sequence[Message]) -> str:

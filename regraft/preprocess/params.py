@@ -30,6 +30,16 @@ class LeakParams(Section):
     paper. Null: not looked at. Answers that are a form filled in share long runs by their nature."""
 
 
+class ReplayParams(Section):
+    """How much of older rows is trained on again; age is counted from the newest row, not from today."""
+
+    half_life: float = Field(gt=0, le=36_500)
+    """Days after which half of the rows are left out; above 0, up to 36,500."""
+
+    floor: float = Field(default=0.1, ge=0, le=1)
+    """Share that always stays, however old; 0 to 1. What is never repeated is forgotten."""
+
+
 class PreprocessParams(Section):
     """How conversations become tokens, which of those are learned, and which rows are held out."""
 
@@ -43,15 +53,19 @@ class PreprocessParams(Section):
     max_dropped_share: float = Field(default=0.02, ge=0, le=1)
     """The stage refuses when more than this share of all rows is too long or has nothing to train on; 0 to 1."""
 
-    supervise: Literal["assistant", "last"] = "assistant"
-    """Whose words are learned: every answer of a conversation, or its last one only (for templates that render earlier
-    answers differently, and for data whose earlier answers are poor)."""
+    supervise: Literal["assistant", "last", "all"] = "assistant"
+    """Whose words are learned: every answer of a conversation, its last one only (for templates that render earlier
+    answers differently, and for data whose earlier answers are poor), or all tokens up to the last answer's end, for
+    data whose questions are worth learning too."""
 
     packing: bool = True
     """Put several conversations into one block, each with positions of its own: fewer steps and hardly any padding."""
 
     block_length: int | None = Field(default=None, ge=16, le=1_048_576)
     """Tokens in a packed block, 16 to 1,048,576 and at least `max_length`; null is `max_length`."""
+
+    replay: ReplayParams | None = None
+    """Leave out a share of older training rows, by age; null trains on all of them. The holdout keeps every row."""
 
     holdout: HoldoutParams = Field(default_factory=HoldoutParams)
     """Which rows are held out."""

@@ -24,6 +24,7 @@ from regraft.preprocess.holdout import Fate, decide
 from regraft.preprocess.keys import load_keys
 from regraft.preprocess.leaks import keep_apart
 from regraft.preprocess.params import PreprocessParams
+from regraft.preprocess.replay import thin
 from regraft.preprocess.report import Counts, PreprocessReport
 from regraft.preprocess.shard import HOLDOUT, PART, TRAIN, TRAIN_ROWS, Part
 from regraft.preprocess.shards import Cache, Shard, code_digest, cut, put
@@ -151,6 +152,7 @@ class _Table:
             contaminated=of[Fate.CONTAMINATED],
             too_long=too_long,
             nothing_to_train=nothing + of[Fate.NOTHING_TO_TRAIN],
+            aged=of[Fate.AGED],
         )
 
 
@@ -177,8 +179,11 @@ def _look(workers: Workers, shards: Sequence[Shard], store: Cache, params: Prepr
             fix="name a column of `data.slices`, or leave it out",
         )
     keys, answers, ids, fates = (np.concatenate(parts.pop(name)) for name in kinds)
-    decide(keys, answers, np.concatenate(times), ids, fates)
+    at = np.concatenate(times)
+    decide(keys, answers, at, ids, fates)
     keep_apart(params.leaks, [store.folder(entry) for entry in entries], fates)
+    if params.replay is not None:
+        thin(fates, at, ids, params.replay)
     return _Table(fates, entries)
 
 

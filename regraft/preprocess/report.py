@@ -28,6 +28,8 @@ class Counts(BaseModel):
     """Rows of either side with more than `max_length` tokens; left out, not cut."""
     nothing_to_train: int
     """Rows without an answer, or whose answer has no token."""
+    aged: int = 0
+    """Training rows left out for their age, by `preprocess.replay`."""
 
     @model_validator(mode="after")
     def _check_sum(self) -> "Counts":

@@ -60,10 +60,11 @@ class Preparer:
         self._encoders = self._fresh()
 
     def _fresh(self) -> dict[Fate, Encoder]:
-        make = {Fate.TRAIN: self._params.supervise, Fate.HOLDOUT: "last"}  # the holdout is judged by the last answer
+        own = (self._chat, self._tokenizer)
         return {
-            fate: Encoder(self._chat, self._tokenizer, supervise, self._params.max_length, short=self._short)
-            for fate, supervise in make.items()
+            Fate.TRAIN: Encoder(*own, self._params.supervise, self._params.max_length, short=self._short),
+            # The holdout is judged by the last answer, whatever is learned.
+            Fate.HOLDOUT: Encoder(*own, "last", self._params.max_length, short=self._short),
         }
 
     def prepare(self, path: Path, shard: Shard, keys: "np.ndarray", fates: "np.ndarray", folder: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from regraft.chat import Chat, Supervise, last_answer
 from regraft.errors import DataError
@@ -14,6 +14,8 @@ from regraft.validate.measures import measure
 from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
 from regraft.validate.source import Opened, find_files, read_rows
+
+Learned = Supervise | Literal["all"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Shown:
 
 
 def show_rows(
-    data: DataParams, params: ValidateParams, *, root: Path, count: int, chat: Chat | None, supervise: Supervise
+    data: DataParams, params: ValidateParams, *, root: Path, count: int, chat: Chat | None, supervise: Learned
 ) -> list[Shown]:
     """Return the first `count` rows of each file.
 
@@ -72,7 +74,7 @@ def show_rows(
 
 
 def _shown(
-    place: str, layout: str, reasons: Sequence[str], row: Row | None, chat: Chat | None, supervise: Supervise
+    place: str, layout: str, reasons: Sequence[str], row: Row | None, chat: Chat | None, supervise: Learned
 ) -> Shown:
     if row is None:
         return Shown(place, layout, reasons)
@@ -81,11 +83,12 @@ def _shown(
     if chat is None or last_answer(messages) is None:
         return Shown(place, layout, reasons, plain)
     try:
-        rendered = chat.encode([messages], supervise, [place])[0]
+        rendered = chat.encode([messages], "assistant" if supervise == "all" else supervise, [place])[0]
     except DataError as error:
         return Shown(place, layout, reasons, plain, problem=error.message)
-    cuts = [0, *(at for span in rendered.answers for at in span), len(rendered.input_ids)]
+    learned_spans = [(1, rendered.answers[-1][1])] if supervise == "all" else rendered.answers
+    cuts = [0, *(at for span in learned_spans for at in span), len(rendered.input_ids)]
     texts = chat.sealed.decode([rendered.input_ids[low:high] for low, high in pairwise(cuts)])
     pieces = [(chat.sealed.unseal(text), i % 2 == 1) for i, text in enumerate(texts) if text]
-    learned = sum(end - start for start, end in rendered.answers)
+    learned = sum(end - start for start, end in learned_spans)
     return Shown(place, layout, reasons, pieces, len(rendered.input_ids), learned)

@@ -111,6 +111,10 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
         from regraft.train.kernels import use_fused_kernels
 
         use_fused_kernels(peft_model)
+    if params.compile:
+        from regraft.train.kernels import compile_blocks
+
+        compile_blocks(peft_model)
     return Trainee(peft_model, parameters, "lora", expected, bare, unquantized, start)
 
 

@@ -30,6 +30,21 @@ def use_fused_kernels(model: Any) -> int:
     return folded
 
 
+def compile_blocks(model: Any) -> int:
+    """Compile each transformer block by itself, in place, and return their number.
+
+    Not the whole model: the loss puts a hook on the output layer for each batch, and compiled code would go on with the
+    first one's (torch does not guard on hooks).
+    """
+    names = set(model.get_base_model()._no_split_modules or ()) if hasattr(model, "get_base_model") else set()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    for block in blocks:
+        block.compile(dynamic=True)
+    if not blocks:
+        log.warning("train.compile: this model does not name its blocks; it is not compiled")
+    return len(blocks)
+
+
 class FoldedLinear(torch.autograd.Function):
     """y = x(W + s·BA)ᵀ + b, with gradients for x, A and B.
 

@@ -20,7 +20,7 @@ from regraft.model.adapter import adapter_bytes, load_parameters
 from regraft.train.adapt import START, Trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import IGNORE, batches, moved
-from regraft.train.loss import summed_loss
+from regraft.train.loss import can_chunk, chunked_loss, summed_loss
 from regraft.train.params import TrainParams
 from regraft.train.speed import Speed
 from regraft.train.stop import StopRequest
@@ -89,6 +89,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.progress = progress
         self.held_out = held_out
         self.best: bytes | None = None
+        # On a CPU a step's logits fit; making them twice would cost time.
+        self._chunked = (
+            params.kernels == "fused" and torch.cuda.is_available() and can_chunk(trainee.model, trainee.prompt_tokens)
+        )
         self.grad_norm = self.learning_rate = 0.0
         self._loss = torch.zeros(())
         self._seen = self._computed = self._skipped = 0
@@ -112,7 +116,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """A batch's share of the step's mean loss for each trained token."""
-        return summed_loss(model, inputs, self.trainee.prompt_tokens) / max(int(num_items_in_batch), 1)
+        return self._summed_loss(model, inputs) / max(int(num_items_in_batch), 1)
+
+    def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self._chunked:
+            return chunked_loss(model, inputs)
+        return summed_loss(model, inputs, self.trainee.prompt_tokens)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer; with `lora_plus`, B in groups of its own."""
@@ -135,7 +144,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in batches(self.held_out, self.params.batch_size, self.data_collator.keywords["pad_id"]):
                 on_device = moved(batch, self.args.device)
-                total += float(summed_loss(self.model, on_device, self.trainee.prompt_tokens))
+                total += float(self._summed_loss(self.model, on_device))
                 tokens += int((batch["labels"][:, 1:] != IGNORE).sum())
         self.model.train()
         return total / max(1, tokens)

@@ -127,7 +127,8 @@ class TrainParams(Section):
     (see `regraft.train.kernels`): the same sums in another order, so other bytes."""
 
     compile: bool = False
-    """Compile the model with torch.compile: a minute or more at the start, then faster steps. Needs a C++ compiler."""
+    """Compile each transformer block with torch.compile: a minute or more at the start, then faster steps. Needs a C++
+    compiler; equal bytes need the same one. Only for `method: lora`."""
 
     validation_share: float = Field(default=0.0, ge=0, le=0.5)
     """Share of the blocks that is not trained on, to measure a held-out loss while training; 0 to 0.5. They are taken
@@ -192,6 +193,8 @@ _LORA_ONLY = (
     "trainable_tokens",
     "lora_plus",
     "parent",
+    "kernels",
+    "compile",
 )
 
 

@@ -181,7 +181,6 @@ def _arguments(params: TrainParams, model: ModelParams, scratch: Path) -> Any:
         per_device_train_batch_size=params.batch_size,
         gradient_accumulation_steps=params.accumulation,
         weight_decay=params.weight_decay,
-        torch_compile=params.compile,
         adam_beta2=params.beta2,
         max_grad_norm=params.max_grad_norm,
         optim=params.optimizer,

@@ -60,7 +60,7 @@ def encoded(tokenizer: Any, some: Talks, *, short: bool, supervise: Any) -> tupl
 
 
 @pytest.mark.parametrize("template", [tiny.CHATML, QWEN, THINKING])
-@pytest.mark.parametrize("supervise", ["assistant", "last"])
+@pytest.mark.parametrize("supervise", ["assistant", "last", "all"])
 def test_both_ways_give_the_same_tokens_labels_and_audit(template: str, supervise: str) -> None:
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = template

@@ -19,7 +19,7 @@ class Sections(BaseModel):
     [
         ("{block_length: 256}", "expected a `block_length` of at least `max_length` (512), or null"),
         ("{block_length: 1024, packing: false}", "expected no `block_length` where `packing` is false"),
-        ("{supervise: all}", "preprocess.supervise: found 'all', expected 'assistant' or 'last'"),
+        ("{supervise: none}", "preprocess.supervise: found 'none', expected 'assistant', 'last' or 'all'"),
         ("{holdout: {share: 0.9}}", "preprocess.holdout.share: found 0.9, expected less than or equal to 0.5"),
         ("{maxlength: 8}", "preprocess.maxlength: unknown parameter; did you mean `max_length`?"),
     ],

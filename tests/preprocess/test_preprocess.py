@@ -58,6 +58,7 @@ def test_every_row_is_trained_on_held_out_or_counted(
         "contaminated": 0,
         "too_long": 1,
         "nothing_to_train": 1,
+        "aged": 0,
     }
     assert report.supervision.dropped_share == round(2 / 304, 6)
     assert report.supervision.rows == counts["train"]
@@ -115,6 +116,22 @@ def test_blocks_hold_each_training_conversation_once_with_the_tokenizers_own_tok
     assert not held & {row["row_id"] for row in listed}
     learned = sum(label != -100 for block in blocks for label in block["labels"])
     assert learned == sum(row["trained_tokens"] for row in listed) == report.supervision.trained_tokens
+
+
+def test_all_tokens_but_the_first_are_learned_up_to_the_last_answers_end_where_that_is_wanted(
+    tokenizer_base: Path, write_rows: Callable[..., Path], rows: Rows, tmp_path: Path
+) -> None:
+    params = PARAMS.model_copy(update={"supervise": "all", "packing": False})
+    report = preprocess(params, base=tokenizer_base, rows=write_rows(rows), out=tmp_path / "out")
+
+    listed = pq.read_table(tmp_path / "out/train_rows-00000.parquet").to_pylist()
+    for block, row in zip(stream(tmp_path / "out/train-00000.arrow"), listed, strict=True):
+        learned = [label for label in block["labels"] if label != -100]
+        assert block["labels"][0] == -100
+        assert learned == block["input_ids"][1 : 1 + len(learned)]
+        assert len(block["input_ids"]) - len(learned) <= 2  # the first, and the line break after the end of the turn
+        assert row["trained_tokens"] == len(learned)
+    assert report.supervision.rows_learning_to_stop == 1.0
 
 
 def test_without_packing_each_block_is_one_conversation_in_the_order_of_the_keys(

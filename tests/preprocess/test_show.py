@@ -41,3 +41,17 @@ def test_without_a_base_model_the_turns_are_shown_as_they_are(tmp_path: Path) ->
         DataParams(raw=["a.jsonl"]), ValidateParams(), root=tmp_path, count=3, chat=None, supervise="assistant"
     )
     assert row.pieces == [("user: hi\n", False), ("assistant: yes\n", True)]
+
+
+def test_where_all_tokens_are_learned_all_but_the_first_and_what_follows_the_answer_are_shown_so(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}, CHAT[1]]}) + "\n")
+    chat = open_chat(tiny.make_tokenizer())
+    [row] = show_rows(DataParams(raw=["a.jsonl"]), ValidateParams(), root=tmp_path, count=3, chat=chat, supervise="all")
+    assert row.pieces == [
+        ("<|im_start|>", False),
+        ("user\nhi<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>", True),
+        ("\n", False),
+    ]
+    assert row.learned == row.tokens - 2

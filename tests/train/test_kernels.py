@@ -97,3 +97,24 @@ def test_a_run_with_fused_kernels_ends_near_one_without_and_repeats_to_the_byte(
     ]
     assert reports[0].adapter_digest == reports[1].adapter_digest != reports[2].adapter_digest
     assert reports[0].loss_last == pytest.approx(reports[2].loss_last, rel=1e-4)
+
+
+@pytest.mark.extended
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # inductor's
+def test_compiled_blocks_train_as_the_others_do(pinned: Path, dataset: Path, tmp_path: Path, params: Any) -> None:
+    from regraft.model.params import ModelParams
+    from regraft.train.trainer import train
+
+    reports = [
+        train(
+            params.model_copy(update={"dropout": 0.0, "compile": compiled}),
+            ModelParams(quantization=Quantization(bits=32)),
+            base=pinned,
+            dataset=dataset,
+            out=tmp_path / str(compiled) / "train",
+            checkpoints=tmp_path / str(compiled) / "checkpoints",
+        )
+        for compiled in (False, True)
+    ]
+    assert reports[1].loss_last == pytest.approx(reports[0].loss_last, rel=1e-3)
+    assert reports[1].loss_first == pytest.approx(reports[0].loss_first, rel=1e-4)

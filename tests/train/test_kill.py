@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,18 +95,45 @@ def test_a_kill_at_every_failpoint_of_training_ends_with_the_undisturbed_bytes(
             assert not list(work.glob(".*.tmp")), point
 
 
+@pytest.mark.faults
+def test_twenty_random_sigterms_each_end_with_a_checkpoint_and_the_undisturbed_bytes_come_out(
+    clone: Path, expected: dict[str, bytes]
+) -> None:
+    chance, work, preempted, finished = random.Random(3), clone / "data/work", 0, 0
+    with _forking(clone) as stage:
+        began = time.monotonic()
+        assert stage("") == 0
+        whole = time.monotonic() - began
+        while preempted < 20:
+            code = stage(f"- {chance.uniform(0, whole):.4f}")
+            assert code in (0, 5), code
+            preempted += code == 5
+            if code == 0:
+                assert _bytes(work / "train") == expected
+                finished += 1
+                for left in ("train", "checkpoints"):
+                    shutil.rmtree(work / left, ignore_errors=True)
+        assert stage("") == 0
+    assert _bytes(work / "train") == expected
+    assert finished < 200, "signals came too late to disturb anything"
+
+
 FORKING = """
-import os, sys
+import os, signal, sys, time
 import bitsandbytes, datasets, peft, transformers
 import regraft.train.loop, regraft.train.trainer
 from regraft.stage import run_stage
 from regraft.train.__main__ import Sections, body
 
 for line in sys.stdin:
+    point, _, delay = line.strip().partition(" ")
     child = os.fork()
     if child == 0:
-        os.environ["REGRAFT_FAILPOINT"] = line.strip()
+        os.environ["REGRAFT_FAILPOINT"] = point.strip("-")
         os._exit(run_stage("train", Sections, body))
+    if delay:
+        time.sleep(float(delay))
+        os.kill(child, signal.SIGTERM)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

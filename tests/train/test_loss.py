@@ -85,3 +85,49 @@ def test_logits_are_computed_for_trained_tokens_only(tiny_base: Path) -> None:
 
     assert shapes == [(12, 400)]
     assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_the_loss_in_chunks_and_its_gradients_are_those_of_the_whole(tiny_base: Path, chunk: int) -> None:
+    import torch
+
+    from regraft.train.data import collate
+    from regraft.train.loss import can_chunk, chunked_loss, summed_loss
+
+    model = _model(tiny_base, "sdpa")
+    assert can_chunk(model, 0)
+    batch = collate([_block(DOCUMENTS), _block(DOCUMENTS[:3])], pad_id=0)
+    found = []
+    for loss in (summed_loss(model, batch), chunked_loss(model, batch, chunk)):
+        model.zero_grad()
+        loss.backward()
+        found.append((loss.item(), [parameter.grad.clone() for parameter in model.parameters()]))
+
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_no_chunk_has_more_logits_than_asked_for(tiny_base: Path) -> None:
+    from regraft.train.data import collate
+    from regraft.train.loss import chunked_loss
+
+    model = _model(tiny_base, "sdpa")
+    rows: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[-2]))
+
+    chunked_loss(model, collate([_block(DOCUMENTS)], pad_id=0), chunk=5).backward()
+    handle.remove()
+
+    assert sorted(set(rows)) == [0, 2, 5]  # 12 trained tokens, forward and again backward
+
+
+def test_a_model_that_caps_its_logits_is_not_chunked() -> None:
+    from types import SimpleNamespace
+
+    from regraft.train.loss import can_chunk
+
+    config = SimpleNamespace(final_logit_softcapping=30.0)
+    config.get_text_config = lambda: config
+    assert not can_chunk(SimpleNamespace(config=config), 0)

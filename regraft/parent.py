@@ -1,0 +1,66 @@
+"""The adapter that the next training goes on from: fetched from the registry, and written into `params.yaml`.
+
+A stage reads no registry: what a warm start takes from it is resolved here, before the stages start.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from regraft.artifacts import write_file
+from regraft.errors import ParamsError
+from regraft.layout import Layout
+from regraft.model.check import check_adapter
+from regraft.params import PARAMS_FILE
+from regraft.register.fetch import fetch
+from regraft.register.lookup import version
+from regraft.settings import Settings
+
+FOLDER = Path("data/parents")
+"""Parents, each in a folder named by its identity; a clone can fetch them again."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """What training goes on from; both are None for a fresh start."""
+
+    number: int | None
+    adapter: str | None
+    digest: str | None
+
+
+def set_parent(layout: Layout, settings: Settings, which: str | None) -> Parent:
+    """Make a version the parent of the next training, or nothing.
+
+    Args:
+        layout: the clone.
+        settings: its parameters.
+        which: a number, an alias or the start of an identity; None for a fresh start.
+
+    Raises:
+        MissingInput: there is no such version, or the registry has lost its files.
+        DamagedArtifact: its files are not the registered ones, or no adapter that may be loaded.
+        ParamsError: `params.yaml` has no line for it.
+    """
+    if which is None:
+        _write(layout.params, {"parent": "null", "parent_digest": "null"})
+        return Parent(None, None, None)
+    found = version(settings.register_, layout, which)
+    folder = FOLDER / found.identity[:16]
+    fetch(found, folder)
+    digest = check_adapter(folder / "adapter").digest
+    adapter = (folder / "adapter").as_posix()
+    _write(layout.params, {"parent": adapter, "parent_digest": digest})
+    return Parent(found.number, adapter, digest)
+
+
+def _write(file: Path, values: dict[str, str]) -> None:
+    """Change values of the section `train`, and nothing else of the file: comments and order stay."""
+    before, mark, section = file.read_text(encoding="utf-8").partition("\ntrain:\n")
+    end = re.search(r"^\S", section, flags=re.MULTILINE)
+    body, after = (section[: end.start()], section[end.start() :]) if end else (section, "")
+    for key, value in values.items():
+        body, changes = re.subn(rf"^(  {key}: )\S+", rf"\g<1>{value}", body, flags=re.MULTILINE)
+        if changes != 1:
+            raise ParamsError(f"{PARAMS_FILE}: train.{key} has no line of its own", fix=f"add `  {key}: null` to train")
+    write_file(file, (before + mark + body + after).encode())
