@@ -101,13 +101,13 @@ def save_peft_merged(base: Path, adapter: Path, folder: Path) -> Path:
     return folder
 
 
-def make_model(kind: str, folder: Path, *, dtype: str = "bfloat16") -> Path:
+def make_model(kind: str, folder: Path, *, dtype: str = "bfloat16", **more: Any) -> Path:
     """A random model of one of `ARCHITECTURES`, every parameter of it random."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(5)
-    settings = {**SIZES, **ARCHITECTURES[kind]}
+    settings = {**SIZES, **ARCHITECTURES[kind], **more}
     config = AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if value is not None})
     model = AutoModelForCausalLM.from_config(config)
     for _, parameter in sorted(model.named_parameters()):

@@ -1,6 +1,8 @@
 """Other forms of a merged model: made, loaded from disk, measured, and refused where the change is lost."""
 
+import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import small
 
 from regraft.errors import GateRefused, MissingInput, ParamsError
+from regraft.evaluate.params import EvaluateParams
 from regraft.export.certificate import verify_export
 from regraft.export.gguf import modelfile, write_gguf
 from regraft.export.survival import overall
@@ -92,3 +95,67 @@ def test_a_modelfile_stops_at_the_models_end_tokens() -> None:
     assert modelfile({"added_tokens": tokens}, {"eos_token_id": 2}) == (
         'FROM ./model.gguf\nPARAMETER temperature 0\nPARAMETER stop "<|im_\\"end|>"\n'
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_gguf_file_read_back_by_transformers_has_the_logits_and_token_ids_of_the_merged_model(
+    tmp_path: Path, kind: str
+) -> None:
+    """An independent reader of the format; what llama.cpp makes of it is the next test's matter."""
+    pytest.importorskip("gguf")
+    import tiny
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = tiny.make_base(tmp_path / "llama")
+    if kind == "qwen2":
+        tokens = len(AutoTokenizer.from_pretrained(merged))
+        other = small.make_model(
+            "qwen2", tmp_path / "qwen2", dtype="float32", vocab_size=tokens, hidden_size=64, head_dim=None
+        )
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (other / name).write_bytes((merged / name).read_bytes())
+        merged = other
+    (tmp_path / "out").mkdir()
+
+    write_gguf(merged, tmp_path / "out", "gguf-f16")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected, logits = small.load(merged).float()(ids).logits, found(ids).logits
+    torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.01)
+    own = AutoTokenizer.from_pretrained(merged)
+    messages = [{"role": "user", "content": "where is my lamp?"}]
+    text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer(text)["input_ids"] == own(text)["input_ids"]
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
+
+
+@pytest.mark.service
+def test_llama_cpp_reads_what_was_exported_as_transformers_does(exported: Any, tmp_path: Path) -> None:
+    """Needs the extra `gguf`; llama-cpp-python compiles for minutes, once."""
+    pytest.importorskip("llama_cpp")
+    clone = exported.copy(tmp_path / "clone")
+
+    report = small.export_here(clone.root, forms=["gguf-f16", "gguf-q8_0"], **LAX)
+
+    half, eighth = verify_export(clone.exports / report.folder).forms
+    assert half.parity is not None
+    assert eighth.parity is not None
+    assert (half.error, eighth.error) == (None, None)
+    assert half.parity.same_answers == 1.0
+    assert half.parity.top1_agreement > 0.99
+    assert eighth.parity.top1_agreement > 0.9
+
+
+def test_a_gguf_form_is_refused_where_llama_cpp_cannot_say_how_it_reads_it(tmp_path: Path) -> None:
+    from regraft.export.llama import LlamaCpp
+
+    if importlib.util.find_spec("llama_cpp"):
+        pytest.skip("llama-cpp-python is installed")
+    with pytest.raises(MissingInput, match="llama-cpp-python is not installed"):
+        LlamaCpp(tmp_path, [], EvaluateParams())
