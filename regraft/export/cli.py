@@ -1,4 +1,4 @@
-"""The commands `merge` and `verify`: they need no clone, only folders."""
+"""The commands `merge`, `verify` and `publish`: they need no clone, only folders."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -89,6 +89,24 @@ def verify(
         f"{folder} is whole: a merge of {', '.join(each.name for each in record.adapters)}, {len(record.files)} files."
     )
     answer(record.to_dict(), [line], as_json=as_json)
+
+
+@commands.command(rich_help_panel=PANEL)
+def publish(
+    folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")],
+    url: Annotated[str, typer.Argument(help="A folder, or a store such as s3://bucket/models/support.")],
+    keep: Annotated[int, typer.Option("--keep", min=1, help="Exports to keep there, the new one included.")] = 3,
+    latest: Annotated[bool, typer.Option(help="Let latest.json name this export.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Send an export to a store, check every byte there, and move latest.json last."""
+    listen()
+    from regraft.export.remote import publish_to
+
+    done = publish_to(folder, url, keep=keep, latest=latest)
+    lines = [f"{done.url}/{done.name}: {done.sent} files sent{', now the latest' if done.moved else ''}."]
+    lines += [f"removed: {', '.join(done.removed)}"] if done.removed else []
+    answer(done.model_dump(), lines, as_json=as_json)
 
 
 def _weighted(text: str) -> tuple[Path, float]:

@@ -30,7 +30,7 @@ class LlamaCpp:
         except ImportError as error:
             raise MissingInput(
                 "llama-cpp-python is not installed, so nothing can say how llama.cpp reads a GGUF file",
-                fix="pip install 'regraft[gguf]' (it compiles for minutes), or leave the gguf forms out",
+                fix="make llama-cpp (it compiles for minutes), or leave the gguf forms out",
             ) from error
         longest = max(max(len(row.input_ids), len(row.prompt_ids) + params.max_new_tokens) for row in rows)
         self._model: Any = Llama(
