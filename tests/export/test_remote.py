@@ -125,3 +125,35 @@ def test_a_store_that_cannot_be_written_says_so_and_can_be_tried_again(
 def test_an_unknown_protocol_is_an_error(merges: list[Path]) -> None:
     with pytest.raises(ParamsError, match="novelty"):
         publish_to(merges[0], "novelty://bucket")
+
+
+@pytest.mark.service
+def test_an_s3_compatible_store_holds_the_same_bytes(
+    merges: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Needs `moto[server]` and the extra `s3`."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "testing")
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="models")
+        options = {"client_kwargs": {"endpoint_url": endpoint, "region_name": "us-east-1"}}
+
+        published = [publish_to(merge, "s3://models/support", keep=2, options=options).name for merge in merges[:3]]
+
+        assert latest_at("s3://models/support", options).name == published[2]
+        assert publish_to(merges[2], "s3://models/support", keep=2, options=options).sent == 0
+        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+        keys = {each["Key"] for each in client.list_objects_v2(Bucket="models")["Contents"]}
+        assert {key.split("/")[1] for key in keys} == {*published[1:], LATEST}
+        body = client.get_object(Bucket="models", Key=f"support/{published[2]}/model.safetensors")["Body"].read()
+        assert body == (merges[2] / "model.safetensors").read_bytes()
+    finally:
+        server.stop()
