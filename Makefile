@@ -39,6 +39,10 @@ test: $(VENV)/.installed ## units, contracts, kills and the whole job (under 15 
 test-faults: $(VENV)/.installed ## every kill point of every stage
 	@$(BIN)/python -m pytest -m "faults" $(ARGS)
 
+llama-cpp: $(VENV)/.installed ## compile llama-cpp-python into .venv/ (once, 5 to 10 minutes), for tests and exports of GGUF
+	@$(BIN)/python -c "import llama_cpp" 2>/dev/null || \
+		flock .venv/.llama.lock $(UV) pip install --quiet --python $(BIN)/python llama-cpp-python
+
 test-services: $(VENV)/.installed ## a Prefect server with two workers, and what else needs servers
 	@$(BIN)/python -m pytest -m "service" $(ARGS)
 

@@ -1,4 +1,4 @@
-"""The commands `merge` and `verify`: they need no clone, only folders."""
+"""The commands `merge`, `verify`, `publish` and `serve`: they need no clone, only folders."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -89,6 +89,42 @@ def verify(
         f"{folder} is whole: a merge of {', '.join(each.name for each in record.adapters)}, {len(record.files)} files."
     )
     answer(record.to_dict(), [line], as_json=as_json)
+
+
+@commands.command(rich_help_panel=PANEL)
+def publish(
+    folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")],
+    url: Annotated[str, typer.Argument(help="A folder, or a store such as s3://bucket/models/support.")],
+    keep: Annotated[int, typer.Option("--keep", min=1, help="Exports to keep there, the new one included.")] = 3,
+    latest: Annotated[bool, typer.Option(help="Let latest.json name this export.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Send an export to a store, check every byte there, and move latest.json last."""
+    listen()
+    from regraft.export.remote import publish_to
+
+    done = publish_to(folder, url, keep=keep, latest=latest)
+    lines = [f"{done.url}/{done.name}: {done.sent} files sent{', now the latest' if done.moved else ''}."]
+    lines += [f"removed: {', '.join(done.removed)}"] if done.removed else []
+    answer(done.model_dump(), lines, as_json=as_json)
+
+
+@commands.command(rich_help_panel=PANEL)
+def serve(
+    folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")],
+    check: Annotated[bool, typer.Option("--check", help="Start the server, ask it, compare its answers, stop it.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to ask; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a served export over OpenAI's protocol, and compare with what its files answer here."""
+    listen()
+    if not check:
+        raise ParamsError("regraft serves nothing itself", fix=f"transformers serve {folder}, or add --check")
+    from regraft.export.serving import serve_check
+
+    served = serve_check(folder, prompt or ["Hello"])
+    lines = [f"{each.prompt!r}: {each.answer!r} ({each.finish_reason}, {each.milliseconds} ms)" for each in served]
+    answer([each.model_dump() for each in served], lines, as_json=as_json)
 
 
 def _weighted(text: str) -> tuple[Path, float]:

@@ -41,7 +41,7 @@ def log_probabilities(
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     few_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    for batch in _batches(rows, params):
+    for batch in batches(rows, params):
         width = len(batch[0].input_ids)
         input_ids = torch.tensor([[*row.input_ids, *[0] * (width - len(row.input_ids))] for row in batch])
         labels = torch.tensor([[*row.labels, *[_IGNORED] * (width - len(row.labels))] for row in batch])
@@ -94,7 +94,7 @@ def compare(path: Path, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) ->
     )
 
 
-def _batches(rows: Sequence[HeldOutRow], params: EvaluateParams) -> Iterator[list[HeldOutRow]]:
+def batches(rows: Sequence[HeldOutRow], params: EvaluateParams) -> Iterator[list[HeldOutRow]]:
     """Rows of like length together, longest first, within the bounds of the section `evaluate`."""
     batch: list[HeldOutRow] = []
     for row in sorted(rows, key=lambda row: (-len(row.input_ids), row.row_id)):

@@ -109,7 +109,7 @@ def merge_adapter(
         key = digest_json([seen, [each.model_dump() for each in adapters], dtype])
         with ThreadPoolExecutor(1) as beside, commit_dir(out) as folder:
             digests = beside.submit(lambda: {name: digest_file(base / name) for name in names})
-            merge(plan, folder, rounding=rounding, partial=partial / "shards", key=key, survival=survival)
+            made = merge(plan, folder, rounding=rounding, partial=partial / "shards", key=key, survival=survival)
             write_companions(plan, folder, dtype=dtype)
             write_tokenizer(plan, folder)
             for path in licence_files(base):
@@ -124,7 +124,7 @@ def merge_adapter(
                 untied=plan.untied,
                 vocabulary=plan.vocabulary,
                 survival=survival.layers,
-                files=_entries(folder),
+                files=_entries(folder, made),
             )
             _check_change(plan, record)
             record.save(folder / RECORD)
@@ -194,8 +194,14 @@ def _check_change(plan: Plan, record: MergeRecord) -> None:
         raise DamagedArtifact("B is zero in every layer: the adapter changes nothing", fix="train it first")
 
 
-def _entries(folder: Path) -> dict[str, FileEntry]:
-    return {path.relative_to(folder).as_posix(): _entry(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def _entries(folder: Path, known: dict[str, str]) -> dict[str, FileEntry]:
+    """Size and digest of each file; `known` digests were taken while the bytes went by, and `commit_dir` repeats them."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        entry = FileEntry(sha256=known[name], size=path.stat().st_size) if name in known else _entry(path)
+        found[name] = entry
+    return found
 
 
 def _entry(path: Path) -> FileEntry:

@@ -131,9 +131,12 @@ def _measure(
         digest = verify_dir(entrant.folder)
         if entrant.assumed is not None:
             _check_assumed(entrant.assumed, quantized)
-        model, tokenizer = _loaded(entrant, job)
-        distance = compare(reference, log_probabilities(model, rows, job.evaluate))
-        mine = answer_rows(model, tokenizer, rows, job.evaluate, f"merged into the {entrant.source} base")
+        if entrant.form in ("gguf-f16", "gguf-q8_0"):
+            distance, mine = _by_llama(entrant.folder, job, rows, reference)
+        else:
+            model, tokenizer = _loaded(entrant, job)
+            distance = compare(reference, log_probabilities(model, rows, job.evaluate))
+            mine = answer_rows(model, tokenizer, rows, job.evaluate, f"merged into the {entrant.source} base")
         same = sum((a.generated, a.stopped) == (b.generated, b.stopped) for a, b in zip(mine, answers, strict=True))
         parity = Parity(
             positions=distance.positions,
@@ -150,6 +153,20 @@ def _measure(
     return Candidate(
         source=entrant.source, digest=digest, error=error, parity=parity, survival=entrant.survival, form=entrant.form
     )
+
+
+def _by_llama(folder: Path, job: Job, rows: list[Any], reference: Path) -> tuple[Any, list[Any]]:
+    """Let llama.cpp tokenise, score and answer."""
+    from regraft.evaluate.score import stop_tokens
+    from regraft.export.llama import LlamaCpp
+    from regraft.export.parity import compare
+    from regraft.model.load import load_tokenizer, open_base
+
+    tokenizer = load_tokenizer(open_base(job.base))
+    model = LlamaCpp(folder, rows, job.evaluate)
+    model.check_tokens(rows, tokenizer)
+    distance = compare(reference, model.log_probabilities(rows, job.evaluate))
+    return distance, model.answers(rows, tokenizer, stop_tokens(None, tokenizer), job.evaluate)
 
 
 def _loaded(entrant: Entrant, job: Job) -> tuple[Any, Any]:

@@ -101,13 +101,13 @@ def save_peft_merged(base: Path, adapter: Path, folder: Path) -> Path:
     return folder
 
 
-def make_model(kind: str, folder: Path, *, dtype: str = "bfloat16") -> Path:
+def make_model(kind: str, folder: Path, *, dtype: str = "bfloat16", **more: Any) -> Path:
     """A random model of one of `ARCHITECTURES`, every parameter of it random."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(5)
-    settings = {**SIZES, **ARCHITECTURES[kind]}
+    settings = {**SIZES, **ARCHITECTURES[kind], **more}
     config = AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if value is not None})
     model = AutoModelForCausalLM.from_config(config)
     for _, parameter in sorted(model.named_parameters()):
@@ -160,7 +160,7 @@ export: {min_top1_agreement: 0.95, max_mean_kl: 0.001}
 """
 
 
-def make_clone(root: Path) -> str:
+def make_clone(root: Path, *, size: float = 0.1) -> str:
     """Write everything that an export reads, as the stages leave it in a clone, and return the version's identity."""
     import tiny
 
@@ -177,7 +177,7 @@ def make_clone(root: Path) -> str:
     layout.params.write_text(PARAMS.replace("BASE", str(weights)))
     pin(ModelParams(base=str(weights)), corpus=root / "none", out=layout.stage("model"))
     base = open_base(layout.stage("model")).report
-    digest = _make_own_adapter(weights, layout.stage("train") / "adapter")
+    digest = _make_own_adapter(weights, layout.stage("train") / "adapter", size)
     _make_holdout(weights, layout.stage("preprocess"), base.tokenizer_digest)
     parts = {"adapter": digest, "base": base.digest, "tokenizer": base.tokenizer_digest}
     parts |= {"data": "d" * 64, "params": "e" * 64}
@@ -226,8 +226,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _make_own_adapter(weights: Path, folder: Path) -> str:
-    """An adapter as `train` writes it: large enough to change every answer."""
+def _make_own_adapter(weights: Path, folder: Path, size: float) -> str:
+    """An adapter as `train` writes it; with factors of size 0.1 large enough to change every answer."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -239,7 +239,7 @@ def _make_own_adapter(weights: Path, folder: Path) -> str:
     torch.manual_seed(4)
     for name, parameter in sorted(model.named_parameters()):
         if ".lora_" in name:
-            parameter.data.normal_(0, 0.1)
+            parameter.data.normal_(0, size)
     return save_adapter(model, folder, base_name="tiny")
 
 

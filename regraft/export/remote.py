@@ -1,0 +1,201 @@
+"""Publishing to where servers read: any store that fsspec reaches (a folder, S3, GCS, ...), the pointer last.
+
+    URL/<name>/...          one export, whole once its manifest.json is there (it is sent last)
+    URL/latest.json         names the export to serve, its manifest's digest, and what was served before
+
+Readers take `latest.json`, check the manifest against the digest in it, and the files against the manifest: they see the
+old export or the new one, never a mixture. A store's single PUT is atomic; a folder gets a rename.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from regraft.artifacts import MANIFEST, dir_digest, pretty_json, read_json, write_file
+from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError, ServiceUnavailable
+from regraft.export.certificate import CERTIFICATE, verify_export
+from regraft.export.standalone import verify_merge
+from regraft.failpoints import failpoint
+
+log = logging.getLogger("regraft")
+LATEST = "latest.json"
+_BLOCK = 8 * 2**20  # bytes
+
+
+class Pointer(BaseModel):
+    """`latest.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    manifest: str
+    """sha256 of the export's manifest.json."""
+    before: list[str] = []
+    """Names of what was latest before, newest first; those that are still there."""
+
+
+class Published(BaseModel):
+    """What a publication did."""
+
+    model_config = ConfigDict(frozen=True)
+
+    url: str
+    name: str
+    sent: int
+    """Files that were sent; those that were there with the same bytes are not."""
+    moved: bool
+    """`latest.json` was changed."""
+    removed: list[str]
+
+
+def publish_to(
+    folder: Path, url: str, *, keep: int = 3, latest: bool = True, options: Mapping[str, Any] | None = None
+) -> Published:
+    """Send a verified export or merge to a store, check every byte there, then move the pointer.
+
+    Args:
+        folder: an export or a merge.
+        url: such as `s3://bucket/models/support`, or a folder.
+        keep: exports to keep there, the new one included.
+        latest: move the pointer.
+        options: for fsspec; credentials come from the environment.
+
+    Raises:
+        DamagedArtifact: the folder is no verified export, or the store does not return what was sent.
+        ParamsError: the URL's protocol is not known here.
+        ServiceUnavailable: the store does not answer; the same command goes on.
+    """
+    manifest = _verified(folder)
+    name = manifest[:16]
+    store = _Store(url, options or {})
+    sent = 0
+    try:
+        listed = read_json(folder / MANIFEST)["files"]
+        for file, entry in sorted(listed.items()):
+            if store.digest(f"{name}/{file}") != entry["sha256"]:
+                store.put(folder / file, f"{name}/{file}")
+                sent += 1
+                if (found := store.digest(f"{name}/{file}")) != entry["sha256"]:
+                    raise DamagedArtifact(f"{url}/{name}/{file} has the sha256 {found} after it was sent")
+            failpoint("publish.file")
+        foreign = sorted(set(store.files(name)) - {*listed, MANIFEST})
+        for file in foreign:
+            store.remove(f"{name}/{file}")
+        if store.digest(f"{name}/{MANIFEST}") != manifest:
+            store.put(folder / MANIFEST, f"{name}/{MANIFEST}")
+            sent += 1
+        failpoint("publish.manifest")
+        if not latest:
+            return Published(url=url, name=name, sent=sent, moved=False, removed=[])
+        before = store.pointer()
+        history = [each for each in ([before.name, *before.before] if before else []) if each != name]
+        pointer = Pointer(name=name, manifest=manifest, before=history[: keep - 1])
+        moved = before is None or (before.name, before.manifest) != (name, manifest)
+        if moved:
+            store.write(LATEST, pretty_json(pointer.model_dump()))
+        failpoint("publish.latest")
+        removed = history[keep - 1 :]
+        for old in removed:
+            store.remove_export(old)
+        return Published(url=url, name=name, sent=sent, moved=moved, removed=removed)
+    except RegraftError:
+        raise
+    except (OSError, TimeoutError) as error:
+        raise ServiceUnavailable(
+            f"{url} cannot be written: {type(error).__name__}: {str(error)[:300]}",
+            fix="run the same command again; what was sent is not sent twice",
+        ) from error
+
+
+def latest_at(url: str, options: Mapping[str, Any] | None = None) -> Pointer:
+    """Return what a store's pointer names, after its manifest was checked.
+
+    Raises:
+        MissingInput: nothing was published there.
+        DamagedArtifact: the pointer or its manifest is not what it should be.
+    """
+    store = _Store(url, options or {})
+    pointer = store.pointer()
+    if pointer is None:
+        raise MissingInput(f"{url} has no {LATEST}: nothing was published there", fix="regraft publish FOLDER URL")
+    if store.digest(f"{pointer.name}/{MANIFEST}") != pointer.manifest:
+        raise DamagedArtifact(f"{url}/{pointer.name} is not the export that {LATEST} names")
+    return pointer
+
+
+def _verified(folder: Path) -> str:
+    if (folder / CERTIFICATE).is_file():
+        verify_export(folder)
+    else:
+        verify_merge(folder)
+    return dir_digest(folder)
+
+
+class _Store:
+    """The few operations on a store that a publication needs."""
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        from fsspec.core import url_to_fs
+
+        try:
+            self._fs, root = url_to_fs(url, **options)
+        except (ValueError, ImportError) as error:
+            raise ParamsError(f"{url}: {error}", fix="name a folder, or install what its protocol needs") from error
+        self._root = str(root).rstrip("/")
+        self._local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        self._fs.invalidate_cache()
+
+    def digest(self, name: str) -> str | None:
+        """Sha256 of what the store returns for a name, None where there is nothing."""
+        found = hashlib.sha256()
+        try:
+            with self._fs.open(self._path(name), "rb") as stream:
+                while block := stream.read(_BLOCK):
+                    found.update(block)
+        except FileNotFoundError:
+            return None
+        return found.hexdigest()
+
+    def put(self, source: Path, name: str) -> None:
+        path = self._path(name)
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self._fs.put_file(str(source), path)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace a small file in one step."""
+        if self._local:
+            write_file(Path(self._path(name)), data)
+        else:
+            self._fs.pipe_file(self._path(name), data)
+
+    def files(self, name: str) -> Iterator[str]:
+        folder = self._path(name)
+        for path in self._fs.find(folder) if self._fs.exists(folder) else []:
+            yield str(path).partition(f"{folder.lstrip('/')}/")[2]
+
+    def remove(self, name: str) -> None:
+        self._fs.rm_file(self._path(name))
+
+    def remove_export(self, name: str) -> None:
+        """Remove an export, its manifest first: what is half removed is not whole."""
+        names = sorted(self.files(name), key=lambda each: each != MANIFEST)
+        for each in names:
+            self.remove(f"{name}/{each}")
+        if self._local and names:
+            self._fs.rm(self._path(name), recursive=True)
+
+    def pointer(self) -> Pointer | None:
+        try:
+            return Pointer.model_validate(json.loads(self._fs.cat_file(self._path(LATEST))))
+        except FileNotFoundError:
+            return None
+        except (ValueError, ValidationError) as error:
+            raise DamagedArtifact(f"{self._path(LATEST)} is not a pointer: {error}") from error
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"

@@ -1,0 +1,158 @@
+"""The smoke test of an export as it will be served: OpenAI's protocol, the template and the stop tokens as trained.
+
+`transformers serve` is started on the folder, in a process of its own on the loopback interface, asked over HTTP, and
+its answers are compared with those that the same files give when they are rendered and decoded here.
+"""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from regraft.errors import GateRefused, MissingInput, ServiceUnavailable
+
+log = logging.getLogger("regraft")
+_NEEDED = ("fastapi", "uvicorn", "openai")  # transformers.utils.is_serve_available
+_PATIENCE = 120  # seconds for the server to load the model and to answer once
+
+
+class Served(BaseModel):
+    """What a served export answered."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prompt: str
+    answer: str
+    finish_reason: str | None
+    milliseconds: int
+    """A measurement: of this machine, at this time."""
+
+
+def serve_check(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[Served]:
+    """Serve an export, ask it, and compare its answers with the model's own greedy ones.
+
+    Args:
+        folder: an export or a merge, with a tokenizer that has a chat template.
+        prompts: what the user says, one conversation each.
+        max_new_tokens: at which an answer is cut.
+
+    Raises:
+        MissingInput: the server's packages are not installed.
+        ServiceUnavailable: the server did not start or answer.
+        GateRefused: an answer differs, shows a special token, or did not stop where the model stops.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise MissingInput(
+            f"transformers' server needs {', '.join(missing)}",
+            fix=f"pip install {' '.join(missing)}, then run it again",
+        )
+    expected = _own_answers(folder, prompts, max_new_tokens)
+    with _server(folder) as url:
+        served = [_ask(url, folder, prompt, max_new_tokens) for prompt in prompts]
+    problems = []
+    for found, (text, stopped) in zip(served, expected, strict=True):
+        if found.answer != text:
+            problems.append(f"{found.prompt[:40]!r} was answered {found.answer[:60]!r}, the model says {text[:60]!r}")
+        if (found.finish_reason == "stop") != stopped:
+            problems.append(f"{found.prompt[:40]!r} ended with {found.finish_reason}, the model stops: {stopped}")
+    if problems:
+        raise GateRefused(
+            "served otherwise than trained: " + "; ".join(problems[:5]),
+            fix="look at chat_template.jinja and generation_config.json in the export",
+        )
+    return served
+
+
+def _own_answers(folder: Path, prompts: Sequence[str], most: int) -> list[tuple[str, bool]]:
+    import torch
+
+    from regraft.chat import render_prompt
+    from regraft.evaluate.score import stop_tokens
+    from regraft.export.verify import load_merged
+
+    model, tokenizer = load_merged(folder)
+    stop, answers = stop_tokens(model, tokenizer), []
+    for prompt in prompts:
+        ids = torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": prompt}])], device=model.device)
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=most,
+                do_sample=False,
+                eos_token_id=sorted(stop),
+                pad_token_id=min(stop),
+            )[0, ids.shape[1] :].tolist()
+        answers.append((tokenizer.decode(out, skip_special_tokens=True), bool(out) and out[-1] in stop))
+    return answers
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder.resolve())]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},  # it looks for a newer version of itself
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    url, began = f"http://127.0.0.1:{port}", time.monotonic()
+    try:
+        while not _answers(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() - began > _PATIENCE:
+                process.kill()
+                said = process.communicate()[1].decode(errors="replace").strip().splitlines()[-1:]
+                raise ServiceUnavailable(f"transformers' server did not start: {' '.join(said) or 'it said nothing'}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def _ask(url: str, folder: Path, prompt: str, most: int) -> Served:
+    body = {
+        "model": str(folder.resolve()),
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": most,
+        "stream": False,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    began = time.monotonic()
+    try:
+        with urllib.request.urlopen(request, timeout=_PATIENCE) as reply:
+            content: Any = json.load(reply)
+        choice = content["choices"][0]
+        text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        said = error.read().decode(errors="replace")[:300] if isinstance(error, urllib.error.HTTPError) else str(error)
+        raise ServiceUnavailable(f"transformers' server did not answer {prompt[:40]!r}: {said}") from error
+    milliseconds = round((time.monotonic() - began) * 1000)
+    return Served(prompt=prompt, answer=text, finish_reason=reason, milliseconds=milliseconds)

@@ -1,0 +1,159 @@
+"""Publishing to a store: every byte checked there, the pointer last, readers never see a mixture."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+
+from regraft.cli import run
+from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError
+from regraft.export.remote import LATEST, latest_at, publish_to
+from regraft.export.standalone import merge_adapter
+
+
+@pytest.fixture(scope="module")
+def merges(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four different merges; read them, don't write into them."""
+    root = tmp_path_factory.mktemp("merges")
+    base = small.make_llama(root / "base")
+    adapter = small.make_adapter(base, root / "adapter")
+    for weight in (1, 2, 3, 4):
+        merge_adapter(base, adapter, root / f"out{weight}", weight=weight)
+    return [root / f"out{weight}" for weight in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_store_holds_the_same_bytes_and_names_the_newest(merges: list[Path], tmp_path: Path, scheme: str) -> None:
+    import fsspec
+
+    url = f"{scheme}{tmp_path}/store"
+
+    first, second = publish_to(merges[0], url), publish_to(merges[1], url)
+
+    assert (first.moved, second.moved) == (True, True)
+    assert latest_at(url).name == second.name
+    assert latest_at(url).before == [first.name]
+    fs, root = fsspec.core.url_to_fs(url)
+    for path in merges[1].iterdir():
+        assert fs.cat_file(f"{root}/{second.name}/{path.name}") == path.read_bytes()
+
+
+def test_publishing_again_sends_nothing(merges: list[Path], tmp_path: Path, capsys: Any) -> None:
+    publish_to(merges[0], str(tmp_path))
+    before = small.contents(tmp_path)
+
+    assert run(["publish", str(merges[0]), str(tmp_path), "--json"]) == 0
+
+    assert json.loads(capsys.readouterr().out)["sent"] == 0
+    assert small.contents(tmp_path) == before
+
+
+def test_old_exports_go_when_keep_leaves_no_room(merges: list[Path], tmp_path: Path) -> None:
+    names = [publish_to(merge, str(tmp_path), keep=2).name for merge in merges]
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[2:], LATEST])
+
+
+@pytest.mark.parametrize("point", ["publish.file", "publish.file@3", "publish.manifest"])
+def test_a_publication_killed_before_its_pointer_leaves_the_old_one_in_use(
+    merges: list[Path], tmp_path: Path, point: str
+) -> None:
+    old = publish_to(merges[0], str(tmp_path))
+    command = [sys.executable, "-m", "regraft", "publish", str(merges[1]), str(tmp_path)]
+
+    killed = subprocess.run(command, env={**os.environ, "REGRAFT_FAILPOINT": point}, capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert latest_at(str(tmp_path)).name == old.name
+    again = publish_to(merges[1], str(tmp_path))
+
+    assert latest_at(str(tmp_path)).name == again.name
+    assert hashlib.sha256((tmp_path / again.name / "manifest.json").read_bytes()).hexdigest()[:16] == again.name
+
+
+def test_a_file_that_was_damaged_in_the_store_is_sent_again(merges: list[Path], tmp_path: Path) -> None:
+    name = publish_to(merges[0], str(tmp_path)).name
+    (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / name / "foreign.bin").write_text("x")
+
+    assert publish_to(merges[0], str(tmp_path)).sent == 1
+    assert {path.name for path in (tmp_path / name).iterdir()} == {path.name for path in merges[0].iterdir()}
+
+
+def test_a_folder_that_does_not_verify_is_never_sent(merges: list[Path], tmp_path: Path) -> None:
+    import shutil
+
+    damaged = shutil.copytree(merges[0], tmp_path / "damaged")
+    (damaged / "config.json").write_text("{}")
+
+    with pytest.raises(DamagedArtifact, match=r"config\.json"):
+        publish_to(damaged, str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_that_returns_other_bytes_than_it_got_is_found(
+    merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    def cut(_: Any, source: str, target: str, **__: Any) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:-1])
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", cut)
+    with pytest.raises(DamagedArtifact, match="after it was sent"):
+        publish_to(merges[0], str(tmp_path / "store"))
+    with pytest.raises(MissingInput, match="nothing was published"):
+        latest_at(str(tmp_path / "store"))
+
+
+def test_a_store_that_cannot_be_written_says_so_and_can_be_tried_again(
+    merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGRAFT_FAILPOINT", "publish.file@2=ETIMEDOUT")
+    with pytest.raises(RegraftError, match="cannot be written: TimeoutError"):
+        publish_to(merges[0], str(tmp_path))
+    monkeypatch.delenv("REGRAFT_FAILPOINT")
+
+    assert publish_to(merges[0], str(tmp_path)).moved
+
+
+def test_an_unknown_protocol_is_an_error(merges: list[Path]) -> None:
+    with pytest.raises(ParamsError, match="novelty"):
+        publish_to(merges[0], "novelty://bucket")
+
+
+@pytest.mark.service
+def test_an_s3_compatible_store_holds_the_same_bytes(
+    merges: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Needs `moto[server]` and the extra `s3`."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "testing")
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="models")
+        options = {"client_kwargs": {"endpoint_url": endpoint, "region_name": "us-east-1"}}
+
+        published = [publish_to(merge, "s3://models/support", keep=2, options=options).name for merge in merges[:3]]
+
+        assert latest_at("s3://models/support", options).name == published[2]
+        assert publish_to(merges[2], "s3://models/support", keep=2, options=options).sent == 0
+        client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+        keys = {each["Key"] for each in client.list_objects_v2(Bucket="models")["Contents"]}
+        assert {key.split("/")[1] for key in keys} == {*published[1:], LATEST}
+        body = client.get_object(Bucket="models", Key=f"support/{published[2]}/model.safetensors")["Body"].read()
+        assert body == (merges[2] / "model.safetensors").read_bytes()
+    finally:
+        server.stop()
