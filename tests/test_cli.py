@@ -44,7 +44,7 @@ def test_the_commands_are_the_ones_that_are_documented() -> None:
     assert set(COMMANDS) == {
         *("model", "validate", "preprocess", "train", "evaluate", "register", "promote", "rollback", "export"),
         *("retrain", "lineage", "diff", "reproduce", "status", "deploy", "worker", "watch"),
-        *("merge", "verify"),
+        *("merge", "verify", "publish", "serve"),
         *("plan", "inspect", "parent"),
         *("data show",),
     }
