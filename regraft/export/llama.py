@@ -39,6 +39,8 @@ class LlamaCpp:
             n_batch=512,
             logits_all=True,
             n_gpu_layers=0,
+            type_k=0,  # float32 (GGML_TYPE_F32): the file is judged, not the rounding of a key-value cache
+            type_v=0,
             n_threads=params.threads,
             seed=0,
             verbose=False,
