@@ -5,6 +5,7 @@ is killed, by the system for want of memory say, ends the stage with an error; a
 """
 
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
@@ -144,6 +145,7 @@ def _begin(params: PreprocessParams, base: "Base", parent: int) -> None:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is told, and ends them
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.set_threshold(200_000, 50, 100)  # rows hold no cycles to look for
     _inherited.update(params=params, base=base)
 
 

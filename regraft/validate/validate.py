@@ -4,13 +4,14 @@ A row goes to exactly one of rows.parquet and quarantine.parquet. Rows are read 
 in memory is small: a digest of 16 bytes for each (to tell duplicates) and the frame of measured columns.
 """
 
+import gc
 import hashlib
 import logging
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -73,6 +74,7 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
         with ExitStack() as stack:
             rows = stack.enter_context(ParquetRows(folder / "rows.parquet", ROWS))
             kept = stack.enter_context(ParquetRows(folder / "quarantine.parquet", QUARANTINE))
+            stack.enter_context(_fewer_collections())
             for file in files:
                 _read_file(file, Mapping(data, params), longest, tally, rows, kept)
         if not tally.counts.rows_in:
@@ -130,6 +132,17 @@ class _Tally:
             rows = rows.append_column(f"rows of {name}", pa.array(numbers, pa.float64()))
         unreadable = [int(file.problem is not None) for file in self.files.values()]
         return {"rows": rows, "files": pa.table({"unreadable": pa.array(unreadable, pa.int8())})}
+
+
+@contextmanager
+def _fewer_collections() -> Iterator[None]:
+    """Let the collector of cycles look less often: rows hold none, and looking at them took a third of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(200_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _read_file(
