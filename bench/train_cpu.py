@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--rounds", type=int, default=3, help="of each, alternating")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--rows", type=int, default=1200, help="conversations, at most")
+    parser.add_argument("--rows", type=int, default=800, help="conversations, at most")
     parser.add_argument("--vocabulary", type=int, default=1024, help="of the stand-in")
     parser.add_argument("--dry-run", action="store_true", help="a few steps, to see that everything runs")
     arguments = parser.parse_args()
@@ -135,7 +135,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     tried = {}
     for peer in peers:
-        speed, _ = run_trl(material, peer, steps=3 if arguments.dry_run else 8)
+        speed, _ = run_trl(material, peer, steps=3 if arguments.dry_run else 5)
         tried[peer.name] = round(speed, 1)
     best = max(peers, key=lambda peer: tried[peer.name])
 
