@@ -86,7 +86,9 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
 
     bits = model.quantization.bits
     _check(params, bits)
-    loaded = load_model(base, model.quantization, training=True, attention=model.attention)
+    # A prompt makes documents longer than their positions say, which only a mask can follow.
+    attention = model.attention if params.method != "prompt" or model.attention == "eager" else "sdpa"
+    loaded = load_model(base, model.quantization, training=True, attention=attention)
     if bits < 16:
         from peft import prepare_model_for_kbit_training
 

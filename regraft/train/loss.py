@@ -23,8 +23,6 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
     """
     from torch.nn.functional import cross_entropy
 
-    from regraft.model.attention import VARLEN, boundaries
-
     targets = batch["labels"][:, 1:]
     trained = (targets != IGNORE).nonzero(as_tuple=True)
 
@@ -34,14 +32,22 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     # With a prompt the model counts positions itself: padding is on the right, where causal attention does not look.
-    positions: dict[str, Any] = {} if prompt_tokens else {"position_ids": batch["position_ids"]}
-    if model.config._attn_implementation == VARLEN:
-        positions |= boundaries(batch["position_ids"])
+    where = {} if prompt_tokens else positions(model, batch)
     try:
-        logits = model(input_ids=batch["input_ids"], use_cache=False, **positions).logits
+        logits = model(input_ids=batch["input_ids"], use_cache=False, **where).logits
     finally:
         hook.remove()
     return cross_entropy(logits.float(), targets[trained], reduction="sum")
+
+
+def positions(model: Any, batch: dict[str, "torch.Tensor"]) -> dict[str, Any]:
+    """Return what tells a model's attention where the documents of a batch begin."""
+    from regraft.model.attention import VARLEN, boundaries
+
+    found: dict[str, Any] = {"position_ids": batch["position_ids"]}
+    if model.config._attn_implementation == VARLEN:
+        found |= boundaries(batch["position_ids"])
+    return found
 
 
 CHUNK = 1024
@@ -63,8 +69,6 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from regraft.model.attention import VARLEN, boundaries
-
     targets = batch["labels"][:, 1:]
     trained = (targets != IGNORE).nonzero(as_tuple=True)
     layer, wanted = model.get_output_embeddings(), targets[trained]
@@ -78,12 +82,9 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
             autocast.append(torch.get_autocast_dtype(kind))
         return inputs[0][:, :0], *inputs[1:]  # the model's own logits are of no token
 
-    positions: dict[str, Any] = {"position_ids": batch["position_ids"]}
-    if model.config._attn_implementation == VARLEN:
-        positions |= boundaries(batch["position_ids"])
     hook = layer.register_forward_pre_hook(capture)
     try:
-        model(input_ids=batch["input_ids"], use_cache=False, **positions)
+        model(input_ids=batch["input_ids"], use_cache=False, **positions(model, batch))
     finally:
         hook.remove()
 

@@ -140,6 +140,8 @@ def follow_inputs(model: Any, batches: "Iterable[dict[str, torch.Tensor]]") -> N
     """
     import torch
 
+    from regraft.train.loss import positions
+
     layers = lora_layers(model)
     kept: dict[str, torch.Tensor] = {}
     seen: list[Any] = [None, None, {}]  # the last input, its rows, and what was made of it by rank
@@ -163,7 +165,7 @@ def follow_inputs(model: Any, batches: "Iterable[dict[str, torch.Tensor]]") -> N
     try:
         with torch.no_grad():
             for batch in islice(batches, _EVA_BATCHES):
-                model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+                model(input_ids=batch["input_ids"], use_cache=False, **positions(model, batch))
             for name, layer in layers.items():
                 a = layer.lora_A["default"].weight
                 directions = torch.nn.functional.normalize(kept[name][: a.shape[0]])

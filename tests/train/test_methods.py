@@ -70,6 +70,10 @@ def _trained_logits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return said
 
 
+PAGED = ("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_8bit")
+EXTENDED = pytest.mark.extended
+
+
 VARIANTS = [
     pytest.param({}, id="lora"),
     pytest.param({"dora": True}, id="dora"),
@@ -152,9 +156,14 @@ def test_a_quantised_base_trains_in_fp32_and_the_saved_adapter_says_what_the_tra
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")  # they run, unpaged
 @pytest.mark.parametrize(
     "optimizer",
-    ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit",
-     "paged_lion_8bit"],
-)  # fmt: skip
+    [
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "lion_8bit",
+        *(pytest.param(name, marks=EXTENDED) for name in PAGED),
+    ],
+)
 def test_every_optimizer_lowers_the_loss_and_resumes_to_the_same_bytes(
     train: Train, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +185,15 @@ def test_every_optimizer_lowers_the_loss_and_resumes_to_the_same_bytes(
     ).read_bytes()
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "cosine",
+        "constant",
+        pytest.param("linear", marks=EXTENDED),
+        pytest.param("constant_with_warmup", marks=EXTENDED),
+    ],
+)
 def test_a_scheduler_warms_up_and_ends_as_its_name_says(train: Train, scheduler: str) -> None:
     out, _ = train(scheduler=scheduler, warmup=0.34, logging_every=1, target_modules=["q_proj"])
 
@@ -188,7 +205,15 @@ def test_a_scheduler_warms_up_and_ends_as_its_name_says(train: Train, scheduler:
         assert (rates[-1] < rates[3]) == (scheduler in ("cosine", "linear"))
 
 
-@pytest.mark.parametrize("changes", [{"init": "pissa"}, {"init": "eva"}, {"dora": True}, {"lora_plus": 8.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init": "pissa"},
+        {"lora_plus": 8.0},
+        pytest.param({"init": "eva"}, marks=EXTENDED),
+        pytest.param({"dora": True}, marks=EXTENDED),
+    ],
+)
 def test_a_variant_resumes_to_the_same_bytes(
     train: Train, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
