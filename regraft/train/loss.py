@@ -25,6 +25,7 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
 
     from regraft.model.attention import VARLEN, boundaries
 
+    inner = getattr(model, "module", model)  # of several processes each wraps its model
     targets = batch["labels"][:, 1:]
     trained = (targets != IGNORE).nonzero(as_tuple=True)
 
@@ -32,10 +33,10 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
         rows, columns = trained
         return inputs[0][rows, columns + prompt_tokens], *inputs[1:]
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    hook = inner.get_output_embeddings().register_forward_pre_hook(select)
     # With a prompt the model counts positions itself: padding is on the right, where causal attention does not look.
     positions: dict[str, Any] = {} if prompt_tokens else {"position_ids": batch["position_ids"]}
-    if model.config._attn_implementation == VARLEN:
+    if inner.config._attn_implementation == VARLEN:
         positions |= boundaries(batch["position_ids"])
     try:
         logits = model(input_ids=batch["input_ids"], use_cache=False, **positions).logits
@@ -65,9 +66,10 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
 
     from regraft.model.attention import VARLEN, boundaries
 
+    inner = getattr(model, "module", model)
     targets = batch["labels"][:, 1:]
     trained = (targets != IGNORE).nonzero(as_tuple=True)
-    layer, wanted = model.get_output_embeddings(), targets[trained]
+    layer, wanted = inner.get_output_embeddings(), targets[trained]
     hidden: list[torch.Tensor] = []
     autocast: list[torch.dtype] = []
     kind = batch["input_ids"].device.type
@@ -79,7 +81,7 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
         return inputs[0][:, :0], *inputs[1:]  # the model's own logits are of no token
 
     positions: dict[str, Any] = {"position_ids": batch["position_ids"]}
-    if model.config._attn_implementation == VARLEN:
+    if inner.config._attn_implementation == VARLEN:
         positions |= boundaries(batch["position_ids"])
     hook = layer.register_forward_pre_hook(capture)
     try:
