@@ -58,7 +58,7 @@ def _run_held(name: str, layout: Layout, caller: int | None, body: Callable[[], 
     started, clock = datetime.now(UTC), time.monotonic()
     code, error = int(Exit.DONE), None
     try:
-        _follow_starter(caller)
+        follow_starter(caller)
         body()
     except RegraftError as failure:
         code, error = failure.exit_code, _described(failure, failure.message, failure.fix)
@@ -92,7 +92,7 @@ def _described(failure: BaseException, message: str, fix: str | None) -> dict[st
     return {"type": type(failure).__name__, "message": message, "fix": fix}
 
 
-def _follow_starter(caller: int | None) -> None:
+def follow_starter(caller: int | None) -> None:
     """Send this process a SIGTERM when the process that started it, or a DVC between them, is gone."""
     import psutil
 

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from regraft.errors import Preempted, TrainingDiverged
 from regraft.failpoints import failpoint
 from regraft.model.adapter import adapter_bytes, load_parameters
+from regraft.train import crew
 from regraft.train.adapt import START, Trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import IGNORE, batches, moved
@@ -116,7 +117,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """A batch's share of the step's mean loss for each trained token."""
-        return self._summed_loss(model, inputs) / max(int(num_items_in_batch), 1)
+        # Gradients are averaged over processes, and the tokens counted are those of all of them.
+        share = crew.size() / max(int(num_items_in_batch), 1)
+        return self._summed_loss(model, inputs) * share
 
     def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if self._chunked:
@@ -161,8 +164,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         """
         norm = super()._get_grad_norm(model, grad_norm)
         step = self.state.global_step + 1
-        loss, self.grad_norm = torch.stack(
-            [self._loss.double(), torch.as_tensor(norm).to(self._loss).double()]
+        counted = torch.tensor([self._seen, self._computed], dtype=torch.float64, device=self._loss.device)
+        loss, self.grad_norm, seen, computed = torch.cat(
+            [
+                crew.summed(self._loss.double().reshape(1)) / crew.size(),
+                torch.as_tensor(norm).to(self._loss).double().reshape(1),
+                crew.summed(counted) if crew.size() > 1 else counted,
+            ]
         ).tolist()
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             self._skipped += 1
@@ -179,8 +187,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
         self.progress.losses.append(loss)
         self.progress.trained.append(int(self._trained))
-        self.progress.seen += self._seen
-        self.progress.computed += self._computed
+        self.progress.seen += int(seen)
+        self.progress.computed += int(computed)
         return norm
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -200,7 +208,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         states = {
             "optimizer.pt": self.optimizer.state_dict(),
             "scheduler.pt": self.lr_scheduler.state_dict(),
-            "rng_state.pth": rng,
+            **_by_process(rng),
         }
         if self.accelerator.scaler is not None:
             states["scaler.pt"] = self.accelerator.scaler.state_dict()
@@ -239,19 +247,23 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         trainer, step = self.trainer, state.global_step
         assert trainer is not None
         last = step == state.max_steps
+        stop = next(iter(filter(None, crew.from_all(self.stop.requested))), None)
         measured = trainer.held_out is not None and (step % self.params.validate_every == 0 or last)
         if measured:
             self._validate(trainer, step)
             if self.progress.stopped_early:
                 control.should_training_stop = last = True
-        if step % self.params.logging_every == 0 or last or measured:
+        if crew.is_first() and (step % self.params.logging_every == 0 or last or measured):
             self._log(trainer, state, measured)
-        if step % self.params.checkpoint_every == 0 or last or self.stop.requested:
-            self.checkpoints.save(step, trainer.snapshot())
-            self.checkpoints.prune(self.params.keep_checkpoints)
-        if self.stop.requested:
+        if step % self.params.checkpoint_every == 0 or last or stop:
+            files = trainer.snapshot()  # each process has its own part in it
+            if crew.is_first():
+                self.checkpoints.save(step, files)
+                self.checkpoints.prune(self.params.keep_checkpoints)
+            crew.told_by_first(None)  # none ends before it is written
+        if stop:
             raise Preempted(
-                f"stopped by {self.stop.requested} after step {step} of {state.max_steps}; its checkpoint is written",
+                f"stopped by {stop} after step {step} of {state.max_steps}; its checkpoint is written",
                 fix="run the same command again: it goes on from there",
             )
 
@@ -288,6 +300,13 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """The step of the line before, by the parameters alone, so that it is the same after a resume."""
         every = [self.params.logging_every, *([self.params.validate_every] if self.params.validation_share else [])]
         return max((step - 1) // each * each for each in every)
+
+
+def _by_process(rng: dict[str, Any]) -> dict[str, Any]:
+    """The random states under the names by which the Trainer finds them: one alone, or one for each process."""
+    if crew.size() == 1:
+        return {"rng_state.pth": rng}
+    return {f"rng_state_{index}.pth": each for index, each in enumerate(crew.from_all(rng))}
 
 
 def _saved(state: Any) -> bytes:

@@ -23,6 +23,7 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
     """
     from torch.nn.functional import cross_entropy
 
+    inner = getattr(model, "module", model)  # of several processes each wraps its model
     targets = batch["labels"][:, 1:]
     trained = (targets != IGNORE).nonzero(as_tuple=True)
 
@@ -30,9 +31,9 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
         rows, columns = trained
         return inputs[0][rows, columns + prompt_tokens], *inputs[1:]
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    hook = inner.get_output_embeddings().register_forward_pre_hook(select)
     # With a prompt the model counts positions itself: padding is on the right, where causal attention does not look.
-    where = {} if prompt_tokens else positions(model, batch)
+    where = {} if prompt_tokens else positions(inner, batch)
     try:
         logits = model(input_ids=batch["input_ids"], use_cache=False, **where).logits
     finally:
@@ -69,9 +70,10 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
     import torch
     from torch.utils.checkpoint import checkpoint
 
+    inner = getattr(model, "module", model)  # of several processes each wraps its model
     targets = batch["labels"][:, 1:]
     trained = (targets != IGNORE).nonzero(as_tuple=True)
-    layer, wanted = model.get_output_embeddings(), targets[trained]
+    layer, wanted = inner.get_output_embeddings(), targets[trained]
     hidden: list[torch.Tensor] = []
     autocast: list[torch.dtype] = []
     kind = batch["input_ids"].device.type
@@ -84,7 +86,7 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
 
     hook = layer.register_forward_pre_hook(capture)
     try:
-        model(input_ids=batch["input_ids"], use_cache=False, **positions(model, batch))
+        model(input_ids=batch["input_ids"], use_cache=False, **positions(inner, batch))
     finally:
         hook.remove()
 

@@ -98,6 +98,10 @@ class TrainParams(Section):
     accumulation: int = Field(default=1, ge=1, le=4096)
     """Batches whose gradients are summed for one step; 1 to 4096. Like a larger batch, without its memory."""
 
+    processes: int = Field(default=1, ge=1, le=1024)
+    """Processes that train together on this machine, one for each GPU: a step takes batch_size x accumulation blocks in
+    each of them. Every one holds the whole base."""
+
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """AdamW's decoupled decay of A and B; 0 to 1."""
 

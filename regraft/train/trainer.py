@@ -6,6 +6,7 @@ import math
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from regraft.failpoints import failpoint
 from regraft.model.adapter import load_parameters
 from regraft.model.load import Base, compute_dtype, device, load_tokenizer, open_base
 from regraft.model.params import ModelParams
+from regraft.train import crew
 from regraft.train.adapt import Trainee, make_trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import Blocks, collate, open_blocks, split
@@ -69,10 +71,12 @@ def train(
     with stop.listening(), explained(params, model), reproducible(params):
         opened = open_base(base)
         blocks = open_blocks(dataset)
+        crew.join()
         store = Checkpoints(checkpoints, _inputs(params, model, opened, blocks))
-        with store.opened():
-            resumed = store.newest()
-            store.rewind_metrics(resumed)
+        with store.opened() if crew.is_first() else nullcontext():
+            resumed = crew.told_by_first(store.newest() if crew.is_first() else None)
+            if crew.is_first():
+                store.rewind_metrics(resumed)
             trainee = make_trainee(params, model, opened, blocks, resumed)
             count = sum(parameter.numel() for parameter in trainee.parameters.values())
             speed = Speed(flops_per_token(trainee.model, count, full=params.method == "full"))
@@ -80,6 +84,10 @@ def train(
             progress, new = _train(params, model, opened, blocks, store, resumed, trainee, stop, speed)
             trained = time.monotonic()
             failpoint("train.finish")
+            if not crew.is_first():
+                report: TrainReport = crew.told_by_first(None)
+                crew.leave()
+                return report
             with commit_dir(out) as folder:
                 digest = trainee.save(
                     folder / FOLDERS[params.method], base_name=opened.name, dtype=params.adapter_dtype
@@ -90,6 +98,8 @@ def train(
             failpoint("train.saved")
             store.prune(params.keep_checkpoints)
             store.finish()
+        crew.told_by_first(report)
+        crew.leave()
         if measurements is not None:
             write_json(measurements, measured(new, started, begun, trained, resumed, speed))
     return report
@@ -100,7 +110,8 @@ def planned_steps(params: TrainParams, blocks: int) -> int:
     if params.max_steps is not None:
         return params.max_steps
     assert params.epochs is not None
-    return math.ceil(params.epochs * math.ceil(math.ceil(blocks / params.batch_size) / params.accumulation))
+    batches = math.ceil(math.ceil(blocks / params.batch_size) / params.processes)
+    return math.ceil(params.epochs * math.ceil(batches / params.accumulation))
 
 
 def _train(
@@ -181,6 +192,8 @@ def _arguments(params: TrainParams, model: ModelParams, scratch: Path) -> Any:
         per_device_train_batch_size=params.batch_size,
         gradient_accumulation_steps=params.accumulation,
         weight_decay=params.weight_decay,
+        ddp_backend=None if on_gpu or crew.size() == 1 else "gloo",
+        ddp_find_unused_parameters=False,
         adam_beta2=params.beta2,
         max_grad_norm=params.max_grad_norm,
         optim=params.optimizer,
