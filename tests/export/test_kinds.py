@@ -49,7 +49,11 @@ def lora_for(architecture: str, **more: Any) -> dict[str, Any]:
     return {"target_modules": LINEAR.get(architecture, ["q_proj", "v_proj", "down_proj"]), **in_by_out, **more}
 
 
-@pytest.mark.parametrize("architecture", small.ARCHITECTURES)
+QUICK = ("llama", "qwen2", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "mixtral", "gpt_oss")
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.extended) for name in small.ARCHITECTURES]
+
+
+@pytest.mark.parametrize("architecture", ALL)
 def test_every_kind_of_lora_is_merged_bit_for_bit_as_by_peft(tmp_path: Path, architecture: str) -> None:
     base = small.make_model(architecture, tmp_path / "base")
     embedding = EMBEDDING.get(architecture, "embed_tokens")
