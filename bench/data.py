@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -101,16 +102,19 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     # The floor's own clock leaves its imports and its rendering out; ours counts the whole command.
     figures["floor_s"] = statistics.median(each["own_s"] for each in floors)
     figures["ours_s"] = statistics.median(each["seconds"] for each in ours)
+    figures["floor_cpu_s"] = statistics.median(each["own_cpu_s"] for each in floors)
+    figures["ours_cpu_s"] = statistics.median(each["cpu_s"] for each in ours)
     figures["ours_mb"] = max(each["peak_mb"] for each in ours)
     figures["ours_all_s"], figures["floor_all_s"] = [e["seconds"] for e in ours], [e["own_s"] for e in floors]
     if arguments.trl:
         # datasets reads no maps: it gets the one column that it needs
         pq.write_table(pq.read_table(rows / "rows.parquet", columns=["messages"]), rows / "messages.parquet")
         trl = run("trl", base, rows, scratch / "trl", path=arguments.trl)
-        figures["trl_s"], figures["trl_mb"], figures["trl_own_s"] = trl["seconds"], trl["peak_mb"], trl["own_s"]
+        figures |= {"trl_s": trl["seconds"], "trl_own_s": trl["own_s"], "trl_cpu_s": trl["cpu_s"]}
     added = run("prepare", base, more, scratch / "added", scratch / "cache")
     anew = run("prepare", base, more, scratch / "anew", scratch / "cache-of-its-own")
     same = (scratch / "added/manifest.json").read_bytes() == (scratch / "anew/manifest.json").read_bytes()
+    figures |= {"more_cpu_s": added["cpu_s"], "more_anew_cpu_s": anew["cpu_s"]}
     figures |= {"more_s": added["seconds"], "more_anew_s": anew["seconds"], "more_same_bytes": same}
     if arguments.large:
         for number, name in ((arguments.large // 10, "tenth"), (arguments.large, "large")):
@@ -131,7 +135,7 @@ def measure_validation(scratch: Path, number: int) -> dict[str, Any]:
         root = scratch / f"raw-{name}"
         size = make_raw(root / "data/raw/rows.jsonl", rows, broken)
         found = run("validate", root, scratch / f"validated-{name}")
-        figures[name] = {"seconds": found["seconds"], "peak_mb": found["peak_mb"], "mb": round(size / 1e6)}
+        figures[name] = {key: found[key] for key in ("seconds", "cpu_s", "peak_mb")} | {"mb": round(size / 1e6)}
         figures[name]["quarantined"] = json.loads((scratch / f"validated-{name}/report.json").read_text())[
             "rows_quarantined"
         ]
@@ -179,7 +183,7 @@ def run(part: str, *arguments: object, path: Path | None = None) -> dict[str, fl
     import psutil
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(each) for each in (ROOT, path) if each)}
-    began = time.monotonic()
+    began, used = time.monotonic(), children_cpu()
     process = subprocess.Popen(
         [sys.executable, __file__, part, *map(str, arguments)],
         env=environment,
@@ -205,15 +209,24 @@ def run(part: str, *arguments: object, path: Path | None = None) -> dict[str, fl
     printed, errors = process.communicate()
     seconds = time.monotonic() - began
     watcher.join()
+    cpu = children_cpu() - used
     if process.returncode:
         raise SystemExit(f"{part} ended with {process.returncode}:\n{errors[-3000:]}")
-    print(f"{part} {seconds:.1f} s {peak / 1e6:.0f} MB", file=sys.stderr, flush=True)
+    print(f"{part} {seconds:.1f} s, {cpu:.1f} s of CPU, {peak / 1e6:.0f} MB", file=sys.stderr, flush=True)
     own = [line for line in printed.splitlines() if line.startswith("own ")]
     return {
         "seconds": round(seconds, 2),
         "own_s": round(float(own[-1].split()[1]) if own else seconds, 2),
+        "own_cpu_s": round(float(own[-1].split()[2]) if own and own[-1].count(" ") > 1 else cpu, 2),
+        "cpu_s": round(cpu, 2),
         "peak_mb": round(peak / 1e6),
     }
+
+
+def children_cpu() -> float:
+    """CPU seconds of all processes that ended: what a busy machine does not change much."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def make_base(scratch: Path) -> Path:
@@ -323,10 +336,10 @@ def part_floor(base: str, rows: str) -> None:
         "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in messages) for messages in talks
     ]
     del talks
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     for first in range(0, len(texts), 2_048):
         rust.encode_batch_fast(texts[first : first + 2_048], add_special_tokens=False)
-    print("own", time.monotonic() - began)
+    print("own", time.monotonic() - began, time.process_time() - used)
 
 
 def part_prepare(base: str, rows: str, out: str, cache: str) -> None:

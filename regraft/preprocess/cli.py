@@ -54,6 +54,26 @@ def show(
             console.print(Text(each.problem, style="red"))
 
 
+@data.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="rows.parquet of an older output of `validate`.")],
+    after: Annotated[
+        Path | None, typer.Argument(help="rows.parquet of a newer one; the clone's own where it is left out.")
+    ] = None,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Show what differs between two versions of the accepted rows: new, changed and removed ones, words, slices."""
+    before = before.absolute()
+    newer = None if after is None else after.absolute()
+    if newer is None:
+        newer = clone(root).stage("validate") / "rows.parquet"
+    from regraft.preprocess.difference import diff_rows, lines
+
+    found = diff_rows(before, newer)
+    answer(found.model_dump(), lines(found), as_json=as_json)
+
+
 def _chat(base: Path) -> Any:
     """Return how the base model renders; None before the stage `model` has run."""
     if not (base / "report.json").is_file():

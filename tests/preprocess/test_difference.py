@@ -1,0 +1,58 @@
+"""What `regraft data diff` counts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from regraft.errors import MissingInput
+from regraft.preprocess.difference import diff_rows, lines
+
+
+def row(question: str, answer: str = "yes", **slices: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "slices": slices}
+
+
+def named(folder: Path, names: list[str]) -> Path:
+    """Give the rows of a file their own ids."""
+    path = folder / "rows.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.schema.names.index("id"), "id", pa.array(names, pa.string())), path)
+    return path
+
+
+def test_rows_words_runs_and_slices_are_compared(write_rows: Callable[..., Path]) -> None:
+    old = [row("where is my lamp today please", kind="a"), row("cancel it", kind="a"), row("send it back", kind="b")]
+    new = [
+        old[0],
+        row("cancel it at once", kind="a"),
+        row("Where  is my LAMP today please", kind="a"),
+        row("mend my kettle in the shop", kind="c"),
+        row("mend my kettle tomorrow", kind="c"),
+    ]
+    before = named(write_rows(old, "old"), ["r1", "r2", "r3"])
+    after = named(write_rows(new, "new"), ["r1", "r2", "r4", "r5", "r6"])
+    found = diff_rows(before, after)
+    assert (found.rows_before, found.rows_after, found.same) == (3, 5, 1)
+    assert (found.new, found.changed, found.removed, found.repeated) == (3, 1, 1, 1)
+    assert found.most_frequent_new_words == {"kettle": 2, "mend": 2}
+    assert found.new_words == len({"at", "once", "mend", "kettle", "in", "the", "shop", "tomorrow"})
+    assert found.slices == {"kind": {"a": 1, "b": -1, "c": 2}}
+    assert 0 < found.novel_runs < 1
+    assert lines(found)[0] == "3 rows before, 5 after: 1 the same, 3 new, 1 changed, 1 removed"
+
+
+def test_a_version_does_not_differ_from_itself(write_rows: Callable[..., Path]) -> None:
+    path = write_rows([row(f"order {i}") for i in range(5)]) / "rows.parquet"
+    found = diff_rows(path, path)
+    assert (found.same, found.new, found.changed, found.removed, found.new_words) == (5, 0, 0, 0, 0)
+    assert (found.novel_runs, found.slices) == (0, {})
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingInput, match=r"old\.parquet is missing"):
+        diff_rows(tmp_path / "old.parquet", tmp_path / "new.parquet")
