@@ -99,7 +99,7 @@ def step(config: Any, setup: Setup) -> dict[str, int]:
 
 
 def _loss(model: Any, setup: Setup) -> torch.Tensor:
-    from regraft.train.loss import summed_loss
+    from regraft.train.loss import chunked_loss, summed_loss
 
     positions = torch.arange(setup.length).repeat(setup.batch, 1)
     ids = torch.zeros(setup.batch, setup.length, dtype=torch.long)
@@ -107,7 +107,8 @@ def _loss(model: Any, setup: Setup) -> torch.Tensor:
     rows, columns = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
     labels = torch.zeros(setup.batch, setup.length + 1, dtype=torch.long)
     with patch.object(torch.Tensor, "nonzero", lambda self, **_: (rows, columns)):
-        return summed_loss(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+        loss = chunked_loss if setup.chunked else summed_loss
+        return loss(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
 
 
 @contextlib.contextmanager

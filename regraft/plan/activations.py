@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from regraft.plan.architecture import Architecture
 from regraft.plan.setup import Setup, adapted, is_quantized, plain_bytes
+from regraft.train.loss import CHUNK
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ def activations(architecture: Architecture, setup: Setup) -> Kept:
     saved += 4 * a.hidden * tokens  # the last norm's input
     saved += _casts(a, setup)
     trained = int(setup.trained * tokens)
+    if setup.chunked and not a.softcap:
+        saved += stream * a.hidden * trained  # the states of which each chunk's logits are made again
+        trained = min(trained, CHUNK)
     logits = (12 + (2 if a.softcap else 0)) * a.vocabulary * trained
     if _stream(setup) == 4 and setup.compute_bytes == 2:
         logits += 2 * a.vocabulary * a.hidden  # autocast's copy of the output layer

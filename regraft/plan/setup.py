@@ -45,6 +45,8 @@ class Setup:
     """What keeps packed documents apart: a `mask` over all pairs of positions, a kernel that knows `lengths`, or plain
     matrix products (`eager`)."""
 
+    chunked: bool = False
+    """Logits are made and forgotten in chunks (`kernels: fused` on a GPU)."""
     on_gpu: bool = True
     """A CPU has no context of a driver and no workspace of cuBLAS, but the libraries count."""
 
@@ -81,6 +83,7 @@ def setup_from(
         method=train.method,
         rank=train.rank,
         rank_pattern=tuple(train.rank_pattern.items()),
+        chunked=train.kernels == "fused" and on_gpu and train.method != "prompt",
         on_gpu=on_gpu,
         targets=targets if isinstance(targets, str) else tuple(targets),
         dropout=train.dropout > 0,

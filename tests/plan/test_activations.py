@@ -51,11 +51,13 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("gpt2", GPT2, {"bits": 16}),
     ("gpt_neox", SMALL, {}),
     ("falcon", FALCON, {}),
+    ("llama", SMALL, {"batch": 4, "length": 1024, "chunked": True}),
+    ("qwen3", SMALL, {"batch": 4, "length": 1024, "chunked": True, "bits": 16, "checkpointing": True}),
 ]
 RATIOS: dict[int, float] = {}
 
 
-QUICK = {0, 1, 2, 5, 8, 9, 13, 17, 20}
+QUICK = {0, 1, 2, 5, 8, 9, 13, 17, 20, 21}
 """The others are like them; `make test-extended` runs all."""
 
 
