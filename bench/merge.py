@@ -110,7 +110,7 @@ def measure(scratch: Path, shape: str, runs: int, *, peft: bool) -> dict[str, An
     }
     if not peft:
         commands.pop("peft")
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     different = None
     for run in range(runs):
         for name, command in commands.items():
@@ -124,15 +124,16 @@ def measure(scratch: Path, shape: str, runs: int, *, peft: bool) -> dict[str, An
     figures: dict[str, Any] = {"gigabytes": round(size / 1e9, 3)}
     for name, values in seen.items():
         figures[name] = {
-            "seconds": round(statistics.median(seconds for seconds, _ in values), 2),
-            "peak_gb": round(max(peak for _, peak in values), 3),
-            "all_seconds": [round(seconds, 2) for seconds, _ in values],
+            "seconds": round(statistics.median(seconds for seconds, _, _ in values), 2),
+            "cpu_seconds": round(statistics.median(cpu for _, cpu, _ in values), 2),
+            "peak_gb": round(max(peak for _, _, peak in values), 3),
+            "all_seconds": [round(seconds, 2) for seconds, _, _ in values],
         }
     return figures | ({"different_tensors": different} if different is not None else {})
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Wall seconds until everything is on disk, and the peak resident memory of the process in GB."""
+def timed(command: list[str]) -> tuple[float, float, float]:
+    """Wall seconds until everything is on disk, CPU seconds and the peak resident memory in GB of the process."""
     os.sync()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     began = time.monotonic()
@@ -145,7 +146,7 @@ def timed(command: list[str]) -> tuple[float, float]:
         raise SystemExit(f"{command[:4]} ended with {process.returncode}:\n{said.decode()[-3000:]}")
     os.sync()
     scale = 1 if sys.platform == "darwin" else 1024
-    return time.monotonic() - began, usage.ru_maxrss * scale / 1e9
+    return time.monotonic() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale / 1e9
 
 
 def differing(mine: Path, other: Path) -> int:

@@ -44,7 +44,7 @@ class ExportParams(Section):
     max_exact_match_drop: float = Field(default=0.01, ge=0, le=1)
     """How much lower the merged model's share of exactly right answers may be; 0 to 1. A better one always passes."""
 
-    min_delta_survival: float = Field(default=0.5, ge=-1, le=1)
+    min_delta_survival: float = Field(default=0.3, ge=-1, le=1)
     """Least cosine between the change that the stored weights make and the one that was learnt, over all modules; -1 to
     1. Rounding to bf16 leaves 0.99 of a change of 1 % and 0.64 of one of 0.1 %; to 4 bits it leaves nothing (0.03)."""
 

@@ -13,6 +13,7 @@ import pytest
 import small
 
 from regraft.artifacts import hold, read_json
+from regraft.cli import run
 from regraft.errors import Busy, DamagedArtifact, GateRefused, PinMismatch, RegraftError
 from regraft.export import export as module
 from regraft.export.certificate import verify_export
@@ -20,6 +21,8 @@ from regraft.export.report import ExportReport
 from regraft.layout import Layout
 
 POINTS = (
+    "export.shard",
+    "export.shard@2",
     "export.merge",
     "export.merge@2",
     "export.merged",
@@ -56,6 +59,23 @@ def test_sha256sum_checks_every_file_of_an_export(exported: Any) -> None:
     files = {path.name for path in exported.folder.iterdir()} - {"SHA256SUMS", "manifest.json"}
     assert done.returncode == 0
     assert sorted(done.stdout.splitlines()) == sorted(f"{name}: OK" for name in files)
+
+
+def test_the_command_verify_checks_an_export_offline(exported: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(exported.folder)]) == 0
+    assert f"is whole: version {exported.identity[:16]}" in capsys.readouterr().out
+
+
+def test_the_certificate_says_layer_by_layer_what_is_left_of_the_change(exported: Any) -> None:
+    certificate = verify_export(exported.folder)
+
+    layers = {f"model.layers.{n}.{m}.weight" for n in (0, 1) for m in ("self_attn.q_proj", "self_attn.v_proj")}
+    layers |= {f"model.layers.{n}.mlp.down_proj.weight" for n in (0, 1)}
+    for candidate in certificate.candidates:
+        assert {each.name for each in candidate.survival} == layers
+        assert all(each.cosine > 0.999 and abs(each.norm - 1) < 0.01 for each in candidate.survival)
+    assert "delta_survival" in {check.name for check in certificate.verdict.checks}
+    assert "| delta survival |" in (exported.folder / "README.md").read_text()
 
 
 def test_the_report_of_the_command_says_what_the_certificate_says(exported: Any) -> None:

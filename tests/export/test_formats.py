@@ -19,6 +19,7 @@ from regraft.layout import Layout
 LAX = {"max_mean_kl": 0.1, "max_form_mean_kl": 1.0, "min_form_top1_agreement": 0.5, "max_exact_match_drop": 1.0}
 
 
+@pytest.mark.extended
 def test_forms_are_published_beside_the_weights_each_loaded_and_measured(exported: Any, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
