@@ -88,6 +88,7 @@ def measured(
     return {
         "seconds": round(time.monotonic() - started, 3),
         "training_seconds": round(seconds, 3),
+        "training_cpu_seconds": round(time.process_time() - speed.cpu_began, 3),
         "steps": new["steps"],
         "resumed_from": resumed.name if resumed else None,
         **rates(new["computed"], new["seen"], seconds, speed),

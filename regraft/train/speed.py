@@ -29,6 +29,7 @@ class Speed:
 
     def __init__(self, flops_per_token: float) -> None:
         self.flops_per_token = flops_per_token
+        self.cpu_began = time.process_time()
         self._last: tuple[float, int, int] | None = None
 
     def note(self, file: Path, step: int, progress: "Progress") -> str:
