@@ -115,10 +115,10 @@ def _loss(model: Any, setup: Setup) -> torch.Tensor:
 def _as_on_a_gpu() -> Iterator[None]:
     """bf16 autocast, which PEFT asks for by the GPU's name, and the attention kernels of a GPU."""
     with (
+        torch.autocast("cpu", dtype=torch.bfloat16),  # first: it puts back what it found
         patch.object(torch, "is_autocast_enabled", lambda *_: True),
         patch.object(torch.nn.functional, "dropout", _dropout),
         patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention),
-        torch.autocast("cpu", dtype=torch.bfloat16),
     ):
         yield
 

@@ -28,8 +28,8 @@ def body(sections: Sections, layout: Layout) -> None:
     expected = plan.before(sections.train, sections.model, layout)
     if sections.train.processes > 1:
         crew.train_together("regraft.train", sections.train.processes)
-    else:
-        run(sections, layout)
+        return  # what this process used is not what its members did
+    run(sections, layout)
     plan.after(expected, layout)
 
 

@@ -97,3 +97,13 @@ def test_a_kernel_that_knows_lengths_keeps_no_mask_and_no_repeated_keys() -> Non
     less = activations(model, plain).saved - activations(model, plain.but(attention="lengths")).saved
     repeated, mask = 2 * 2 * (1024 - 512), 2 * 512
     assert less == 3 * plain.tokens * (repeated + mask)
+
+
+def test_a_trace_leaves_the_process_as_it_was() -> None:
+    import torch
+    from transformers import CONFIG_MAPPING
+
+    before = (torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.nn.functional.dropout)
+    step(CONFIG_MAPPING["llama"](**{**SMALL, "num_hidden_layers": 1}), Setup(batch=1, length=16, checkpointing=True))
+    assert (torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.nn.functional.dropout) == before
+    assert before[0] is False
