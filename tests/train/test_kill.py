@@ -96,6 +96,7 @@ def test_a_kill_at_every_failpoint_of_training_ends_with_the_undisturbed_bytes(
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1800)  # most signals come before the first step or after the last one
 def test_twenty_random_sigterms_each_end_with_a_checkpoint_and_the_undisturbed_bytes_come_out(
     clone: Path, expected: dict[str, bytes]
 ) -> None:
