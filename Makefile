@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV ?= .uv/bin/uv
 ARGS ?=
+WORKERS ?= 2
 
 help: ## show this help
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -34,7 +35,8 @@ retrain: $(VENV)/.installed ## run the main job on what is in data/raw/
 	@$(BIN)/regraft retrain $(ARGS)
 
 test: $(VENV)/.installed ## units, contracts, kills and the whole job (under 15 minutes on two cores)
-	@$(BIN)/python -m pytest -m "not faults and not service and not extended and not gpu" --cov --cov-report=term $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not faults and not service and not extended and not gpu" \
+		--cov --cov-report=term $(ARGS)
 
 test-faults: $(VENV)/.installed ## every kill point of every stage
 	@$(BIN)/python -m pytest -m "faults" $(ARGS)
