@@ -158,7 +158,7 @@ def _merged(
     space: "_Workspace",
     survival: Survival | None,
 ) -> "Iterator[torch.Tensor]":
-    """Yield the blocks of one tensor of the result; each is valid until the next but one is asked for."""
+    """Yield the blocks of one tensor of the result, each in memory of the workspace's ring, which the writer outpaces."""
     import torch
 
     dtype = torch_dtype(step.target.dtype)
@@ -169,7 +169,9 @@ def _merged(
     noise = _noise(step.target.name) if rounding == "stochastic" and dtype == torch.bfloat16 else None
     for first, block in _source(step, reader, adapters, weights):
         if not step.terms and not step.biases and step.rows is None:
-            yield block if block.dtype == dtype else space.turn("rounded", dtype, *block.shape).copy_(block)
+            yield space.turn("rounded", dtype, *block.shape).copy_(
+                block
+            )  # a reader may reuse the block's memory at once
             continue
         rows, width = block.shape
         total = space.take("sum", torch.float32, rows, width).copy_(block)

@@ -1,11 +1,14 @@
 """Every kind of LoRA on many architectures: the streaming merge and PEFT's, tensor by tensor and bit by bit."""
 
+import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small
 
+from regraft.export import tensors as written
 from regraft.export.folder import write_companions
 from regraft.export.merge import Rounding, merge, plan_merge
 
@@ -70,6 +73,30 @@ def test_every_kind_of_lora_is_merged_bit_for_bit_as_by_peft(tmp_path: Path, arc
         different[kind] = differences(in_files(base, adapter, tmp_path / kind / "out"), expected)
 
     assert different == {kind: [] for kind in kinds}
+
+
+def test_a_slow_disk_does_not_let_one_tensor_overwrite_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = hashlib.sha256
+
+    class Slow:
+        """A digest that looks at the bytes late, as a busy machine does."""
+
+        def __init__(self, content: bytes = b"") -> None:
+            self._digest = real(content)
+
+        def update(self, view: memoryview) -> None:
+            time.sleep(0.01)
+            self._digest.update(view)
+
+        def hexdigest(self) -> str:
+            return self._digest.hexdigest()
+
+    base = small.make_model("qwen2", tmp_path / "base")
+    adapter = small.make_adapter(base, tmp_path / "adapter", **lora_for("qwen2", bias="all"))
+    expected = small.tensors(small.save_peft_merged(base, adapter, tmp_path / "peft"))
+    monkeypatch.setattr(written.hashlib, "sha256", Slow)
+
+    assert differences(in_files(base, adapter, tmp_path / "out"), expected) == []
 
 
 NORMS = {
