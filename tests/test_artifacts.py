@@ -13,6 +13,7 @@ import pytest
 from regraft.artifacts import (
     MANIFEST,
     commit_dir,
+    digest_bytes,
     dir_digest,
     hold,
     is_held,
@@ -214,3 +215,17 @@ def test_unreadable_json_is_an_error_of_ours(tmp_path: Path) -> None:
         read_json(tmp_path / "x.json")
     with pytest.raises(MissingInput):
         read_json(tmp_path / "none.json")
+
+
+def test_a_digest_that_was_taken_while_writing_is_not_taken_again(tmp_path: Path) -> None:
+    digests: dict[str, str] = {}
+    with commit_dir(tmp_path / "out", digests) as folder:
+        (folder / "weights").write_bytes(b"as written")
+        (folder / "card").write_text("read and digested here")
+        digests["weights"] = digest_bytes(b"as written")
+    assert verify_dir(tmp_path / "out")
+
+    with commit_dir(tmp_path / "wrong", {"weights": digest_bytes(b"other")}) as folder:
+        (folder / "weights").write_bytes(b"as written")
+    with pytest.raises(DamagedArtifact, match="weights"):
+        verify_dir(tmp_path / "wrong")

@@ -20,7 +20,7 @@ from regraft.errors import DamagedArtifact, RegraftError
 from regraft.export.base import read_config
 from regraft.export.plan import Plan, Step, Term, plan_merge
 from regraft.export.survival import Survival
-from regraft.export.tensors import INDEX, RING, Reader, Writer, aligned, grid, torch_dtype
+from regraft.export.tensors import INDEX, Reader, Workspace, Writer, aligned, grid, torch_dtype
 from regraft.failpoints import failpoint
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def merge(
     wanted = digest_json([key, rounding, survival is not None, [asdict(step) for step in plan.steps]])
     done = _begin(partial, wanted) if partial else {}
     digests = {}
-    space = _Workspace()
+    space = Workspace()
     with ExitStack() as stack:
         stack.enter_context(_one_thread())
         readers = [stack.enter_context(Reader(adapter.weights)) for adapter in plan.adapters]
@@ -155,7 +155,7 @@ def _merged(
     adapters: list[Reader],
     weights: Weights,
     rounding: Rounding,
-    space: "_Workspace",
+    space: Workspace,
     survival: Survival | None,
 ) -> "Iterator[torch.Tensor]":
     """Yield the blocks of one tensor of the result, each in memory of the workspace's ring, which the writer outpaces."""
@@ -201,7 +201,7 @@ def change(step: Step, weight: "torch.Tensor", adapters: list[Reader]) -> "torch
     """Return the whole change of one matrix in float32: the exact sum less the weight."""
     import torch
 
-    space, start = _Workspace(), weight.float()
+    space, start = Workspace(), weight.float()
     total = start.clone()
     for term in step.terms:
         each = _Factors(term, adapters[term.adapter])
@@ -243,7 +243,7 @@ class _Factors:
         """DoRA's norms run along stored rows, so a block of rows is enough for them."""
         return not self.term.transposed
 
-    def block(self, first: int, rows: int, width: int, per_matrix: int, space: "_Workspace") -> "torch.Tensor":
+    def block(self, first: int, rows: int, width: int, per_matrix: int, space: Workspace) -> "torch.Tensor":
         """The change of `rows` stored rows from `first` on, `rows x width` in float32."""
         import torch
 
@@ -279,7 +279,7 @@ def _column_norms(
     adapters: list[Reader],
     weights: Weights,
     factors: list[_Factors],
-    space: "_Workspace",
+    space: Workspace,
 ) -> "torch.Tensor | None":
     """DoRA's norms of a weight that is stored `in x out` and larger than a block: one pass more, summed in float64."""
     import torch
@@ -326,28 +326,6 @@ def _round(total: "torch.Tensor", result: "torch.Tensor", noise: "torch.Generato
     cut = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=noise)
     up = torch.where(torch.isfinite(total), (bits + cut) & ~0xFFFF, bits)
     result.copy_(up.view(torch.float32))
-
-
-class _Workspace:
-    """Memory that is used for one block after the other: torch's allocator would keep a dozen of them."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._turn = 0
-
-    def take(self, name: str, dtype: "torch.dtype", rows: int, width: int) -> "torch.Tensor":
-        """Return a contiguous matrix with arbitrary values; it shares its memory with the last one of this name."""
-        import torch
-
-        held = self._held.get((name, dtype))
-        if held is None or held.numel() < rows * width:
-            held = self._held[name, dtype] = torch.empty(rows * width, dtype=dtype)
-        return held[: rows * width].view(rows, width)
-
-    def turn(self, name: str, dtype: "torch.dtype", rows: int, width: int) -> "torch.Tensor":
-        """Like `take`, with memory that comes round again after `RING` calls."""
-        self._turn = (self._turn + 1) % RING
-        return self.take(f"{name} {self._turn}", dtype, rows, width)
 
 
 def _finite(block: "torch.Tensor") -> bool:

@@ -107,9 +107,11 @@ def merge_adapter(
         ]
         survival = Survival()
         key = digest_json([seen, [each.model_dump() for each in adapters], dtype])
-        with ThreadPoolExecutor(1) as beside, commit_dir(out) as folder:
+        made: dict[str, str] = {}
+        with ThreadPoolExecutor(1) as beside, commit_dir(out, made) as folder:
             digests = beside.submit(lambda: {name: digest_file(base / name) for name in names})
-            made = merge(plan, folder, rounding=rounding, partial=partial / "shards", key=key, survival=survival)
+            shards_of = partial / "shards"
+            made |= merge(plan, folder, rounding=rounding, partial=shards_of, key=key, survival=survival)
             write_companions(plan, folder, dtype=dtype)
             write_tokenizer(plan, folder)
             for path in licence_files(base):
@@ -195,7 +197,7 @@ def _check_change(plan: Plan, record: MergeRecord) -> None:
 
 
 def _entries(folder: Path, known: dict[str, str]) -> dict[str, FileEntry]:
-    """Size and digest of each file; `known` digests were taken while the bytes went by, and `commit_dir` repeats them."""
+    """Size and digest of each file; `known` digests were taken while the bytes went by."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()

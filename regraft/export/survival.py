@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from regraft.export.tensors import Workspace
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,6 +40,7 @@ class Survival:
         self._known: list[Survived] = []
         self._names: list[str] = []
         self._sums: list[list[float]] = []
+        self._space = Workspace()
 
     def resume(self, layers: Iterable[object]) -> None:
         """Take in what an earlier attempt measured."""
@@ -52,8 +55,11 @@ class Survival:
 
     def add(self, before: "torch.Tensor", wanted: "torch.Tensor", after: "torch.Tensor") -> None:
         """Take in one block: the weights before, the exact sum (is overwritten), and what was stored."""
-        start = before.float()
-        self.compare(wanted.sub_(start), after.float().sub_(start), start)
+        import torch
+
+        start = self._space.take("before", torch.float32, *before.shape).copy_(before)
+        effective = self._space.take("after", torch.float32, *after.shape).copy_(after)
+        self.compare(wanted.sub_(start), effective.sub_(start), start)
 
     def compare(self, intended: "torch.Tensor", effective: "torch.Tensor", weight: "torch.Tensor") -> None:
         """Take in a change as it was meant, as it is, and the weight that it changes; all in float32."""

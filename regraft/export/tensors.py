@@ -104,6 +104,28 @@ class Reader:
         return torch.frombuffer(view, dtype=dtype).view(rows, width)
 
 
+class Workspace:
+    """Memory that is used for one block after the other: torch's allocator would keep a dozen of them."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._turn = 0
+
+    def take(self, name: str, dtype: "torch.dtype", rows: int, width: int) -> "torch.Tensor":
+        """Return a contiguous matrix with arbitrary values; it shares its memory with the last one of this name."""
+        import torch
+
+        held = self._held.get((name, dtype))
+        if held is None or held.numel() < rows * width:
+            held = self._held[name, dtype] = torch.empty(rows * width, dtype=dtype)
+        return held[: rows * width].view(rows, width)
+
+    def turn(self, name: str, dtype: "torch.dtype", rows: int, width: int) -> "torch.Tensor":
+        """Like `take`, with memory that comes round again after `RING` calls."""
+        self._turn = (self._turn + 1) % RING
+        return self.take(f"{name} {self._turn}", dtype, rows, width)
+
+
 def grid(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return leading matrices, rows of each and width: a vector is rows of one, a scalar one row of one."""
     if len(shape) < 2:
