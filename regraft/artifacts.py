@@ -90,7 +90,9 @@ def pretty_json(value: Any) -> bytes:
 
 
 @contextmanager
-def commit_dir(destination: Path, digests: Mapping[str, str] | None = None) -> Iterator[Path]:
+def commit_dir(
+    destination: Path, digests: Mapping[str, str] | None = None, *, durable: bool = True
+) -> Iterator[Path]:
     """Give an empty folder to write into, and put it in place of `destination` when the block ends without error.
 
     On an error, or a kill at any point, `destination` keeps what it had. Left-overs of killed writers are removed by
@@ -100,6 +102,8 @@ def commit_dir(destination: Path, digests: Mapping[str, str] | None = None) -> I
         destination: the folder to make or to replace.
         digests: sha256 by name of files that were digested while they were written; the block may fill it. They are not
             read again, which for gigabytes of weights is a quarter of the time.
+        durable: wait until the bytes are on disk. Without, a power failure may leave a folder in place that `verify_dir`
+            refuses: for caches, which are verified before use and made again.
 
     Raises:
         RegraftError: the parent is not writable or the disk is full; the temporary folder is gone.
@@ -115,11 +119,12 @@ def commit_dir(destination: Path, digests: Mapping[str, str] | None = None) -> I
         failpoint("commit_dir.begin")
         yield folder
         failpoint("commit_dir.written")
-        seal_dir(folder, digests)
+        seal_dir(folder, digests, durable=durable)
         failpoint("commit_dir.sealed")
         _put_in_place(folder, destination)
         failpoint("commit_dir.placed")
-        _fsync_dir(destination.parent)
+        if durable:
+            _fsync_dir(destination.parent)
     except OSError as error:
         if isinstance(error, RegraftError) or error.errno not in (
             errno.ENOSPC,
@@ -135,7 +140,7 @@ def commit_dir(destination: Path, digests: Mapping[str, str] | None = None) -> I
     failpoint("commit_dir.done")
 
 
-def seal_dir(folder: Path, digests: Mapping[str, str] | None = None) -> str:
+def seal_dir(folder: Path, digests: Mapping[str, str] | None = None, *, durable: bool = True) -> str:
     """Fsync every file of a folder, write its manifest last, and return the folder's digest (see `commit_dir`)."""
     known = digests or {}
     files: dict[str, dict[str, Any]] = {}
@@ -152,14 +157,16 @@ def seal_dir(folder: Path, digests: Mapping[str, str] | None = None) -> str:
                     "sha256": known.get(name) or hashlib.file_digest(file, "sha256").hexdigest(),
                     "size": os.fstat(file.fileno()).st_size,
                 }
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
     failpoint("commit_dir.manifest")
     manifest = folder / MANIFEST
     with manifest.open("wb") as file:
         file.write(pretty_json({"schema_version": 1, "files": files}))
-        file.flush()
-        os.fsync(file.fileno())
-    for each in reversed(folders):
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    for each in reversed(folders) if durable else ():
         _fsync_dir(each)
     return digest_file(manifest)
 

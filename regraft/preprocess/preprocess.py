@@ -89,8 +89,9 @@ def preprocess(
         parts = [Part.model_validate(read_json(entry / PART)) for entry in entries]
         counts = table.counts(parts)
         _check_dropped(counts, params)
-        with commit_dir(out) as folder:
-            digests = _put_all(entries, parts, folder)
+        known: dict[str, str] = {}
+        with commit_dir(out, known) as folder:
+            digests = _put_all(entries, parts, folder, known)
             failpoint("preprocess.put")
             length = params.block_length or params.max_length
             blocks = sum(part.blocks for part in parts)
@@ -199,16 +200,20 @@ def _prepare(
     return [store.folder(entry) for entry in entries]
 
 
-def _put_all(entries: Sequence[Path], parts: Sequence[Part], folder: Path) -> dict[str, list[str]]:
-    """Give the shards' files their names in the output; return the digests of each kind."""
+def _put_all(
+    entries: Sequence[Path], parts: Sequence[Part], folder: Path, known: dict[str, str]
+) -> dict[str, list[str]]:
+    """Give the shards' files their names in the output; return the digests of each kind, and of each file in `known`."""
     digests: dict[str, list[str]] = {TRAIN: [], HOLDOUT: [], TRAIN_ROWS: []}
     for entry, part in zip(entries, parts, strict=True):
         listed = read_json(entry / MANIFEST)["files"]
         for name, rows in ((TRAIN, part.train), (HOLDOUT, part.holdout), (TRAIN_ROWS, part.train)):
             if rows:
                 stem, suffix = name.split(".")
-                put(entry / name, folder / f"{stem}-{len(digests[name]):05}.{suffix}")
-                digests[name].append(listed[name]["sha256"])
+                named = f"{stem}-{len(digests[name]):05}.{suffix}"
+                put(entry / name, folder / named)
+                known[named] = listed[name]["sha256"]
+                digests[name].append(known[named])
     return digests
 
 

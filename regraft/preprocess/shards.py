@@ -155,8 +155,8 @@ class Cache:
         return folder
 
     def make(self, digest: str) -> Any:
-        """Return a context in which an entry is written; see `commit_dir`."""
-        return commit_dir(self.folder(digest))
+        """Return a context in which an entry is written; see `commit_dir`. `find` verifies it, so nobody waits for the disk."""
+        return commit_dir(self.folder(digest), durable=False)
 
     def keep(self, used: set[str], spare: int) -> None:
         """Remove entries that were not used now, but for the `spare` ones that were used last."""

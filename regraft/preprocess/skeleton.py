@@ -11,6 +11,7 @@ that begins or ends with white space, holds a control token, or whose tokens do 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -146,6 +147,7 @@ class Skeletons:
         return Skeleton(pieces, tuple(answers), len(controls))
 
 
+@lru_cache(maxsize=2)
 def byte_table(rust: Any) -> list[bytes] | None:
     """Return the bytes that each token stands for, by id, or None where tokens are no bytes of the text as it stands.
 
