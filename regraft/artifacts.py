@@ -90,9 +90,7 @@ def pretty_json(value: Any) -> bytes:
 
 
 @contextmanager
-def commit_dir(
-    destination: Path, digests: Mapping[str, str] | None = None, *, durable: bool = True
-) -> Iterator[Path]:
+def commit_dir(destination: Path, digests: Mapping[str, str] | None = None, *, durable: bool = True) -> Iterator[Path]:
     """Give an empty folder to write into, and put it in place of `destination` when the block ends without error.
 
     On an error, or a kill at any point, `destination` keeps what it had. Left-overs of killed writers are removed by

@@ -94,16 +94,19 @@ def verify(
 @commands.command(rich_help_panel=PANEL)
 def publish(
     folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")],
-    url: Annotated[str, typer.Argument(help="A folder, or a store such as s3://bucket/models/support.")],
+    url: Annotated[
+        str, typer.Argument(help="A folder, s3://bucket/models/support, hf://owner/repository, or dvc://remote/path.")
+    ],
     keep: Annotated[int, typer.Option("--keep", min=1, help="Exports to keep there, the new one included.")] = 3,
-    latest: Annotated[bool, typer.Option(help="Let latest.json name this export.")] = True,
+    latest: Annotated[bool, typer.Option(help="Let latest.json (on the hub: main) be this export.")] = True,
+    public: Annotated[bool, typer.Option("--public", help="Let a repository made on the hub be public.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send an export to a store, check every byte there, and move latest.json last."""
+    """Send an export to a store, the hub or a DVC remote, check it there, and move the pointer last."""
     listen()
     from regraft.export.remote import publish_to
 
-    done = publish_to(folder, url, keep=keep, latest=latest)
+    done = publish_to(folder, url, keep=keep, latest=latest, private=not public)
     lines = [f"{done.url}/{done.name}: {done.sent} files sent{', now the latest' if done.moved else ''}."]
     lines += [f"removed: {', '.join(done.removed)}"] if done.removed else []
     answer(done.model_dump(), lines, as_json=as_json)

@@ -1,5 +1,7 @@
 """Publishing to where servers read: any store that fsspec reaches (a folder, S3, GCS, ...), the pointer last.
 
+The Hugging Face hub (`hf://`) is in `hub.py`, a DVC remote (`dvc://`) in `dvc_remote.py`. Everywhere else:
+
     URL/<name>/...          one export, whole once its manifest.json is there (it is sent last)
     URL/latest.json         names the export to serve, its manifest's digest, and what was served before
 
@@ -19,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from regraft.artifacts import MANIFEST, dir_digest, pretty_json, read_json, write_file
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError, ServiceUnavailable
 from regraft.export.certificate import CERTIFICATE, verify_export
+from regraft.export.dvc_remote import DVC_SCHEME, send_to_dvc
+from regraft.export.hub import SCHEME, send_to_hub
 from regraft.export.standalone import verify_merge
 from regraft.failpoints import failpoint
 
@@ -54,15 +58,22 @@ class Published(BaseModel):
 
 
 def publish_to(
-    folder: Path, url: str, *, keep: int = 3, latest: bool = True, options: Mapping[str, Any] | None = None
+    folder: Path,
+    url: str,
+    *,
+    keep: int = 3,
+    latest: bool = True,
+    private: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> Published:
     """Send a verified export or merge to a store, check every byte there, then move the pointer.
 
     Args:
         folder: an export or a merge.
-        url: such as `s3://bucket/models/support`, or a folder.
+        url: such as `s3://bucket/models/support`, a folder, `hf://owner/repository`, or `dvc://remote/path`.
         keep: exports to keep there, the new one included.
         latest: move the pointer.
+        private: of a repository of the hub that is made now.
         options: for fsspec; credentials come from the environment.
 
     Raises:
@@ -72,6 +83,12 @@ def publish_to(
     """
     manifest = _verified(folder)
     name = manifest[:16]
+    if url.startswith(SCHEME):
+        sent, moved, removed = send_to_hub(folder, url, name, keep=keep, latest=latest, private=private)
+        return Published(url=url, name=name, sent=sent, moved=moved, removed=removed)
+    if url.startswith(DVC_SCHEME):
+        sent = send_to_dvc(folder, url)
+        return Published(url=url, name=name, sent=sent, moved=bool(sent), removed=[])
     store = _Store(url, options or {})
     sent = 0
     try:

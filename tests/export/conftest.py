@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 
-def _load_small() -> None:
+def _load(name: str) -> None:
     """Make `import small` work in importlib mode, in the processes that tests start, too."""
-    spec = importlib.util.spec_from_file_location("small", Path(__file__).parent / "small.py")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["small"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
 
 
-_load_small()
+_load("small")
+_load("hub_server")
 
 
 @dataclass(frozen=True)
