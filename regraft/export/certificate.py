@@ -18,7 +18,7 @@ README = "README.md"
 LINEAGE = "lineage.json"
 _UNLISTED = {MANIFEST, SUMS, CERTIFICATE}
 _REQUIRED = ("config.json", "generation_config.json", README, LINEAGE)
-FEW_BITS = ("nf4", "int8", "gguf-q8_0")
+FEW_BITS = ("nf4", "int8", "gguf-q8_0", "gguf-q4_k_m")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 

@@ -6,11 +6,13 @@ it and talk gibberish.
 """
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.artifacts import read_json
-from regraft.errors import MissingInput, ParamsError
+from regraft.errors import MissingInput, ParamsError, RegraftError
 from regraft.export.base import read_config
 from regraft.export.tensors import Reader, catalogue
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 MODEL = "model.gguf"
 MODELFILE = "Modelfile"
+_K_BLOCK = 256
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _PERMUTED = ("llama", "mistral")  # their rotary halves lie interleaved in llama.cpp
 _SPLITS = {  # what a tokenizer's first split looks like, and llama.cpp's name for it
@@ -36,12 +39,20 @@ def write_gguf(merged: Path, out: Path, form: str) -> None:
     Args:
         merged: folder of the merged weights with tokenizer.
         out: gets the files.
-        form: `gguf-f16` or `gguf-q8_0`; vectors stay in float32, as llama.cpp wants them.
+        form: `gguf-f16`, `gguf-q8_0`, or `gguf-q4_k_m`, which llama.cpp itself makes of the first; vectors stay in float32,
+            as llama.cpp wants them.
 
     Raises:
-        ParamsError: the architecture, its rotary embedding or its tokenizer is not one of those that are known.
-        MissingInput: the package `gguf` is not installed.
+        ParamsError: the architecture, its rotary embedding, its tokenizer or (for Q4_K_M) its widths are not known here.
+        MissingInput: the package `gguf` is not installed, or for Q4_K_M `llama-cpp-python`.
     """
+    if form == "gguf-q4_k_m":
+        _check_widths(merged)
+        with tempfile.TemporaryDirectory(prefix=".gguf-f16-", dir=out) as half:
+            write_gguf(merged, Path(half), "gguf-f16")
+            _quantize(Path(half) / MODEL, out / MODEL)
+            shutil.copyfile(Path(half) / MODELFILE, out / MODELFILE)
+        return
     gguf = _package("gguf")
     config = read_config(merged)
     tokenizer = _tokenizer(merged, config)
@@ -138,6 +149,38 @@ def _split(content: dict[str, Any]) -> str | None:
         pattern = steps[0].get("pattern", {}).get("Regex")
         return next((name for name, regex in _SPLITS.items() if regex == pattern), None)
     return None
+
+
+def _check_widths(merged: Path) -> None:
+    """Refuse what llama.cpp would quietly store in another type than Q4_K, whose blocks have 256 weights."""
+    odd = sorted(
+        {
+            tensor.shape[-1]
+            for name, (_, tensor) in catalogue(merged).items()
+            if len(tensor.shape) == 2 and tensor.shape[-1] % _K_BLOCK
+        }
+    )
+    if odd:
+        raise ParamsError(
+            f"Q4_K needs widths that {_K_BLOCK} divides, the model has {', '.join(map(str, odd))}",
+            fix="use gguf-q8_0 in export.forms",
+        )
+
+
+def _quantize(source: Path, target: Path) -> None:
+    """Let llama.cpp write Q4_K_M: Q4_K, and Q6_K where that helps most (https://github.com/ggml-org/llama.cpp/pull/1684)."""
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise MissingInput(
+            "llama-cpp-python is not installed, and only llama.cpp makes Q4_K_M",
+            fix="make llama-cpp (it compiles for minutes), or use gguf-q8_0 in export.forms",
+        ) from error
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings)
+    if failed or not target.is_file():
+        raise RegraftError(f"llama.cpp cannot make Q4_K_M of {source.name}: it returned {failed}", fix="use gguf-q8_0")
 
 
 def _settings(writer: Any, config: dict[str, Any], form: str, gguf: Any) -> None:

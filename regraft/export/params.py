@@ -16,7 +16,7 @@ Source = Literal[
     "dequantized-fp16",
     "dequantized-fp32",
 ]
-Form = Literal["adapter", "nf4", "int8", "gguf-f16", "gguf-q8_0"]
+Form = Literal["adapter", "nf4", "int8", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
 Dtype = Literal["own", "bf16", "fp16", "fp32"]
 
 

@@ -131,7 +131,7 @@ def _measure(
         digest = verify_dir(entrant.folder)
         if entrant.assumed is not None:
             _check_assumed(entrant.assumed, quantized)
-        if entrant.form in ("gguf-f16", "gguf-q8_0"):
+        if entrant.form is not None and entrant.form.startswith("gguf"):
             distance, mine = _by_llama(entrant.folder, job, rows, reference)
         else:
             model, tokenizer = _loaded(entrant, job)

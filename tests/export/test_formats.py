@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,65 @@ def test_llama_cpp_reads_what_was_exported_as_transformers_does(exported: Any, t
     mine = answer_rows(model, tokenizer, rows, params, "transformers")
     theirs = llama.answers(rows, tokenizer, stop_tokens(model, tokenizer), params)
     assert [each.generated for each in theirs] == [each.generated for each in mine]
+
+
+@pytest.mark.service
+def test_llama_cpp_makes_q4_k_m_of_what_was_exported_and_stays_near_it(tmp_path: Path) -> None:
+    """Needs the extra `gguf` and `make llama-cpp`; K-quants have blocks of 256 weights, so the model is that wide."""
+    pytest.importorskip("llama_cpp")
+    import gguf
+    import tiny
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    merged = tiny.make_base(tmp_path / "merged", hidden=256)
+    (tmp_path / "out").mkdir()
+
+    write_gguf(merged, tmp_path / "out", "gguf-q4_k_m")
+
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
+    tensors = gguf.GGUFReader(tmp_path / "out/model.gguf").tensors
+    assert {"Q4_K", "Q6_K", "F32"} == {each.tensor_type.name for each in tensors}
+    ids = torch.arange(1, 40)  # 0 pads: its embedding is zero
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids[None]).logits[0]
+    llama = llama_cpp_scores(tmp_path / "out/model.gguf", ids.tolist())
+    agreement = (llama.argmax(-1) == expected.argmax(-1)).float().mean()
+    assert agreement > 0.3  # random weights, all tokens alike, at 4.5 bits; a wrong layout agrees in one of 500
+    assert torch.cosine_similarity(llama, expected, dim=-1).min() > 0.8
+
+
+def llama_cpp_scores(path: Path, ids: list[int]) -> Any:
+    import numpy as np
+    import torch
+    from llama_cpp import Llama
+
+    model = Llama(str(path), n_ctx=64, logits_all=True, n_threads=1, verbose=False)
+    model.eval(ids)
+    return torch.from_numpy(np.array(model.scores[: len(ids)], dtype=np.float32))
+
+
+def test_q4_k_m_of_a_model_that_its_blocks_do_not_fit_is_refused(tmp_path: Path) -> None:
+    import tiny
+
+    merged = tiny.make_base(tmp_path / "merged")
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(ParamsError, match="widths that 256 divides, the model has 64, 128"):
+        write_gguf(merged, tmp_path / "out", "gguf-q4_k_m")
+
+
+def test_q4_k_m_without_llama_cpp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    import tiny
+
+    merged = tiny.make_base(tmp_path / "merged", hidden=256)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+
+    with pytest.raises(MissingInput, match=r"only llama\.cpp makes Q4_K_M"):
+        write_gguf(merged, tmp_path / "out", "gguf-q4_k_m")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_gguf_form_is_refused_where_llama_cpp_cannot_say_how_it_reads_it(tmp_path: Path) -> None:
