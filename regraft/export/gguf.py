@@ -99,15 +99,13 @@ def modelfile(tokenizer: dict[str, Any], config: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops)]) + "\n"
 
 
-def _package(name: str) -> Any:
+def _package(name: str, says: str = "", fix: str = "pip install 'regraft[gguf]', or leave the gguf forms out") -> Any:
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingInput(
-            f"the package {name} is not installed", fix="pip install 'regraft[gguf]', or leave the gguf forms out"
-        ) from error
+        raise MissingInput(says or f"the package {name} is not installed", fix=fix) from error
 
 
 def _architecture(config: dict[str, Any]) -> str:
@@ -169,13 +167,11 @@ def _check_widths(merged: Path) -> None:
 
 def _quantize(source: Path, target: Path) -> None:
     """Let llama.cpp write Q4_K_M: Q4_K, and Q6_K where that helps most (https://github.com/ggml-org/llama.cpp/pull/1684)."""
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise MissingInput(
-            "llama-cpp-python is not installed, and only llama.cpp makes Q4_K_M",
-            fix="make llama-cpp (it compiles for minutes), or use gguf-q8_0 in export.forms",
-        ) from error
+    llama_cpp = _package(
+        "llama_cpp",
+        "llama-cpp-python is not installed, and only llama.cpp makes Q4_K_M",
+        "make llama-cpp (it compiles for minutes), or use gguf-q8_0 in export.forms",
+    )
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings)
