@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import small
 
-from regraft.export.merge import plan_merge
+from regraft.export.merge import merge, plan_merge
 from regraft.export.sources import dequantized, quantized_modules
 from regraft.export.tensors import Reader
 from regraft.model.params import Quantization
@@ -112,3 +112,53 @@ def test_skipped_modules_are_not_taken_for_quantised(tmp_path: Path) -> None:
         *(f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")),
         *(f"model.layers.1.self_attn.{name}_proj" for name in ("k", "q", "v")),
     ]
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["the base's bias", "a trained bias"])
+def test_on_a_quantised_base_with_biases_the_merge_is_right_where_pefts_is_wrong(tmp_path: Path, trained: bool) -> None:
+    """Against float64: layer by layer what the adapter computes on the 4-bit base that it was trained on.
+
+    PEFT merges into the 4-bit weights and quantises the sum again (its own warning says so), which loses small changes.
+    """
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+
+    base = small.make_model("qwen2", tmp_path / "base", dtype="float32")
+    bias = {"bias": "lora_only"} if trained else {}
+    adapter = small.make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"], **bias)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for name in factors:
+        if ".lora_B" in name:
+            factors[name] *= 0.01  # a change of some percent of the weight, as training leaves it
+    save_file(factors, adapter / "adapter_model.safetensors")
+    quantization = Quantization(double_quant=False)
+    plan = plan_merge(base, adapter, "fp32")
+
+    (tmp_path / "out").mkdir()
+    merge(plan, tmp_path / "out", weights=dequantized(plan, quantization, torch.float32))
+
+    mine = small.tensors(tmp_path / "out")
+    with small.quiet():
+        four_bit = PeftModel.from_pretrained(quantized_model(base, quantization, torch.float32), adapter).eval()
+    start = {name.removeprefix("base_model.model."): w for name, w in weights_in_use(four_bit).items()}
+    with small.quiet(), pytest.warns(UserWarning, match="4-bit linear may get different generations"):
+        theirs = weights_in_use(four_bit.merge_and_unload())
+    worst, pefts = 0.0, []
+    for layer in range(2):
+        for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+            name = f"model.layers.{layer}.{module}"
+            a = factors[f"base_model.model.{name}.lora_A.weight"].double()
+            b = factors[f"base_model.model.{name}.lora_B.weight"].double()
+            change = 2.0 * b @ a
+            right = start[f"{name}.base_layer"].double() + change
+            worst = max(worst, float((mine[f"{name}.weight"].double() - right).abs().max()))
+            pefts.append(float((theirs[name].double() - right).norm() / change.norm()))
+            if module != "mlp.down_proj":
+                before = small.tensors(base)[f"{name}.bias"]
+                learnt = factors.get(f"base_model.model.{name}.base_layer.bias")
+                learnt = factors.get(f"base_model.model.{name}.bias") if learnt is None else learnt
+                assert (learnt is not None) == trained
+                assert torch.equal(mine[f"{name}.bias"], before if learnt is None else learnt)
+    assert worst < 1e-6
+    assert min(pefts) > 0.5  # more than half of the change is gone, or drowned
