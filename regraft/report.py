@@ -1,6 +1,5 @@
 """The base of every report: a typed, versioned JSON document that DVC, MLflow and the gates read."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -8,15 +7,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from regraft.artifacts import pretty_json, read_json, write_file
 from regraft.errors import DamagedArtifact
-
-
-def without_defaults(content: dict[str, Any], model: BaseModel, names: Sequence[str]) -> dict[str, Any]:
-    """Leave fields out of a document where they are as by default, so that what did not happen changes no byte of it."""
-    fields = type(model).model_fields
-    for name in names:
-        if getattr(model, name) == fields[name].get_default(call_default_factory=True):
-            content.pop(name, None)
-    return content
 
 
 class Report(BaseModel):

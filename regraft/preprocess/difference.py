@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from regraft.errors import MissingInput
+from regraft.messages import words
 from regraft.preprocess.holdout import plain
 from regraft.preprocess.near import grams
 from regraft.preprocess.shards import read_batches
@@ -133,7 +134,7 @@ def _ids(path: Path) -> tuple[list[bytes], dict[str, bytes]]:
 
 
 def _text(messages: list[dict[str, Any]]) -> str:
-    return plain("\n".join(each["content"] for each in messages))
+    return plain("\n".join(words(each) for each in messages))
 
 
 def _slices(path: Path) -> Counter[tuple[str, str]]:

@@ -47,6 +47,10 @@ class Part(BaseModel):
     holdout_slices: dict[str, dict[str, int]]
     blocks: int
     longest_block: int
+    packed: int
+    """Tokens of all blocks."""
+    repeated: int
+    """Copies of rows beyond the first."""
 
 
 class Preparer:
@@ -67,7 +71,15 @@ class Preparer:
             Fate.HOLDOUT: Encoder(*own, "last", self._params.max_length, short=self._short),
         }
 
-    def prepare(self, path: Path, shard: Shard, keys: "np.ndarray", fates: "np.ndarray", folder: Path) -> None:
+    def prepare(
+        self,
+        path: Path,
+        shard: Shard,
+        keys: "np.ndarray",
+        fates: "np.ndarray",
+        folder: Path,
+        copies: "np.ndarray | None" = None,
+    ) -> None:
         """Write a shard's training blocks, holdout rows, list of training rows and `part.json` into `folder`.
 
         Args:
@@ -76,20 +88,29 @@ class Preparer:
             keys: (rows, 32) bytes, for the order of training.
             fates: of its rows, as `decide` left them.
             folder: an empty folder.
+            copies: how often each of its rows is trained on; None: once.
 
         Raises:
             DataError: the template refuses a row.
             GateRefused: a row is too long, and that is to fail.
         """
         try:
-            self._prepare(path, shard, keys, fates, folder)
+            self._prepare(path, shard, keys, fates, folder, copies)
         except ShortWayFailed as error:
             log.warning("%s is not rendered as its template promised; all rows go through the template", error.message)
             self._short = False
             self._encoders = self._fresh()
-            self._prepare(path, shard, keys, fates, folder)
+            self._prepare(path, shard, keys, fates, folder, copies)
 
-    def _prepare(self, path: Path, shard: Shard, keys: "np.ndarray", fates: "np.ndarray", folder: Path) -> None:
+    def _prepare(
+        self,
+        path: Path,
+        shard: Shard,
+        keys: "np.ndarray",
+        fates: "np.ndarray",
+        folder: Path,
+        copies: "np.ndarray | None",
+    ) -> None:
         import numpy as np
 
         audit = Audit(self._chat, self._tokenizer)
@@ -127,7 +148,7 @@ class Preparer:
                 f"{source} line {line} has {tokens} tokens, more than preprocess.max_length {self._params.max_length}",
                 fix="raise preprocess.max_length, shorten the row, or set preprocess.too_long to `drop`",
             )
-        packed = self._write_train(train, names, keys, folder)
+        packed, repeated = self._write_train(train, names, keys, folder, copies)
         write_holdout(folder / HOLDOUT, held)
         part = Part(
             too_long=sorted(too_long),
@@ -139,11 +160,15 @@ class Preparer:
             holdout_slices=_sorted(slices[Fate.HOLDOUT]),
             blocks=len(packed),
             longest_block=max(packed, default=0),
+            packed=sum(packed),
+            repeated=repeated,
         )
         write_json(folder / PART, part.model_dump())
 
-    def _write_train(self, train: Tokens, names: "_Names", keys: "np.ndarray", folder: Path) -> list[int]:
-        """Write the training side in the order of the keys; return the tokens of each block."""
+    def _write_train(
+        self, train: Tokens, names: "_Names", keys: "np.ndarray", folder: Path, copies: "np.ndarray | None"
+    ) -> tuple[list[int], int]:
+        """Write the training side in the order of the keys; return the tokens of each block, and copies beyond the first."""
         import numpy as np
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -153,12 +178,13 @@ class Preparer:
         ids = np.array([names.row_ids[place] for place in places], "S32")
         own = keys[places].copy().view(">u8").reshape(len(places), 4)
         order = np.lexsort((ids, *(own[:, i] for i in (3, 2, 1, 0))))
-        lengths = documents.lengths[order]
+        each = order if copies is None else np.repeat(order, copies[places[order]])
+        lengths = documents.lengths[each]
         if self._params.packing:
             plan = plan_blocks(lengths.tolist(), self._params.block_length or self._params.max_length)
         else:
             plan = [[i] for i in range(len(lengths))]
-        blocks: list[Any] = [order[members] for members in plan]
+        blocks: list[Any] = [each[members] for members in plan]
         write_stream(folder / TRAIN, block_schema(), pack_blocks(documents, blocks))
 
         trained = np.concatenate([*train.trained, np.empty(0, np.int32)])
@@ -166,13 +192,13 @@ class Preparer:
         columns = {
             "row_id": pa.array(ids[order].astype("U32")),
             "key": pa.array([keys[place].tobytes().hex() for place in where], pa.string()),
-            "tokens": pa.array(lengths, pa.int32()),
+            "tokens": pa.array(documents.lengths[order], pa.int32()),
             "trained_tokens": pa.array(trained[order], pa.int32()),
             "source": pa.array([names.sources[place] for place in where], pa.string()),
             "line": pa.array([names.lines[place] for place in where], pa.int64()),
         }
         pq.write_table(pa.table(columns), folder / TRAIN_ROWS)
-        return [int(lengths[members].sum()) for members in plan]
+        return [int(lengths[members].sum()) for members in plan], len(each) - len(order)
 
 
 class _Names:

@@ -5,7 +5,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
-from regraft.report import Report, without_defaults
+from regraft.report import Report
+from regraft.sparse import without_defaults
 from regraft.validate.params import Level
 
 

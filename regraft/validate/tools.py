@@ -65,9 +65,8 @@ def calls_fit(messages: Sequence[dict[str, str]]) -> bool:
             if defined and not defined.issuperset(called(message)):
                 return False
             open_ = {each.get("id") for each in json.loads(calls)}
-        elif message["role"] == "tool":
-            if (answered := message.get("tool_call_id")) is not None and answered not in open_:
-                return False
+        elif message["role"] == "tool" and message.get("tool_call_id", next(iter(open_), None)) not in open_:
+            return False
     return True
 
 

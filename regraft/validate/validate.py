@@ -205,7 +205,7 @@ def _read_file(
         for reason in sorted(tally.watched):
             flags[reason.value] = [int(reason in reasons) if reasons else 0 for reasons in reasons_of]
         if tally.counts.foreign is not None:
-            flags[FOREIGN] = measured[FOREIGN].cast(pa.int8()).to_pylist()
+            flags[FOREIGN] = [int(bool(each)) for each in measured[FOREIGN].to_pylist()]
             tally.counts.foreign += sum(flags[FOREIGN])
         tally.report_progress()
         tally.flags.append(pa.table({name: pa.array(values, pa.int8()) for name, values in flags.items()}))

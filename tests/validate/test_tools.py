@@ -103,7 +103,7 @@ def test_an_answer_that_is_a_call_need_not_be_json_and_has_no_label(stage: Any) 
 
 def test_a_column_of_tools_that_is_nowhere_is_a_mistake(stage: Any) -> None:
     stage.write("a.jsonl", line(turns()))
-    with pytest.raises(ParamsError, match="data.tools names the column `tool`, which is in no file"):
+    with pytest.raises(ParamsError, match=r"data\.tools names the column `tool`, which is in no file"):
         stage.run({"tools": "tool"})
 
 
