@@ -10,6 +10,7 @@ import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +27,13 @@ class Forgotten:
     """The list, read."""
 
     salt: str
-    entries: frozenset[tuple[str, str]]
-    """Kind and hash."""
+    lines: tuple[tuple[str, str], ...] = ()
+    """Kind and hash of each entry, in the order of the file, which only grows."""
+
+    @cached_property
+    def entries(self) -> frozenset[tuple[str, str]]:
+        """Kind and hash of each entry."""
+        return frozenset(self.lines)
 
     def holds(self, messages: Sequence[Mapping[str, str]] | None, identity: str | None) -> bool:
         """Say whether a row is on the list, by its content or its id."""
@@ -49,11 +55,11 @@ class Forgotten:
 
     def adding(self, entries: Iterable[tuple[Kind, str]]) -> "Forgotten":
         """Return the list with more entries."""
-        return Forgotten(self.salt, self.entries | set(entries))
+        return Forgotten(self.salt, (*self.lines, *sorted(set(entries) - self.entries)))
 
     def save(self, path: Path) -> str:
-        """Write the list, sorted, and return its sha256."""
-        lines = [{"salt": self.salt}, *({kind: value} for kind, value in sorted(self.entries))]
+        """Write the list and return its sha256."""
+        lines = [{"salt": self.salt}, *({kind: value} for kind, value in self.lines)]
         content = "".join(json.dumps(line) + "\n" for line in lines).encode()
         write_file(path, content)
         return digest_bytes(content)
@@ -61,11 +67,16 @@ class Forgotten:
 
 def fresh() -> Forgotten:
     """Return an empty list with a salt of its own."""
-    return Forgotten(secrets.token_hex(16), frozenset())
+    return Forgotten(secrets.token_hex(16))
 
 
-def load(path: Path, digest: str | None) -> Forgotten | None:
+def load(path: Path, digest: str | None, *, grown: bool = False) -> Forgotten | None:
     """Read the list that `data.forget` names; None where it names none.
+
+    Args:
+        path: the list.
+        digest: its sha256.
+        grown: also take a list that begins with the one named: somebody was killed between writing the two.
 
     Raises:
         MissingInput: it is not there.
@@ -78,10 +89,11 @@ def load(path: Path, digest: str | None) -> Forgotten | None:
     if not path.is_file():
         raise MissingInput(f"{path} is missing, and data.forget names it", fix=fix)
     content = path.read_bytes()
-    if (found := digest_bytes(content)) != digest:
+    ends = [i + 1 for i, byte in enumerate(content) if byte == 0x0A] if grown else []
+    if (found := digest_bytes(content)) != digest and digest not in (digest_bytes(content[:end]) for end in ends):
         raise PinMismatch(f"{path} has sha256 {found}, data.forget says {digest}", fix=fix)
     try:
         first, *others = (json.loads(line) for line in content.splitlines())
-        return Forgotten(first["salt"], frozenset(pair for each in others for pair in each.items()))
+        return Forgotten(first["salt"], tuple(pair for each in others for pair in each.items()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedArtifact(f"{path} is not a list of what is forgotten: {error}", fix=fix) from error

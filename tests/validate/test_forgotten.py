@@ -14,7 +14,7 @@ Chat = Callable[..., str]
 
 
 def listed(stage: Any, **entries: Any) -> str:
-    forgotten = Forgotten("salt", frozenset())
+    forgotten = Forgotten("salt")
     forgotten = forgotten.adding([("content", forgotten.of_content(each)) for each in entries.get("contents", ())])
     forgotten = forgotten.adding([("id", forgotten.of_id(each)) for each in entries.get("ids", ())])
     return forgotten.save(stage.root / FORGET)
