@@ -3,14 +3,14 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from regraft.artifacts import write_json
-from regraft.chat import Chat, last_answer
+from regraft.chat import IGNORED, Chat, last_answer
 from regraft.errors import GateRefused
 from regraft.preprocess.audit import Audit
 from regraft.preprocess.columns import Encoder, ShortWayFailed, Talks, Tokens
@@ -133,7 +133,7 @@ class Preparer:
                 for place in into.places[before:]:
                     _count(slices[side], columns["slices"][place - first])
                 if side == Fate.HOLDOUT and into.places:
-                    held.append(_held(into, columns, first))
+                    held.append(_held(into, columns, first, self._written))
                 too_long += [
                     (columns["source"][place - first], columns["line"][place - first], tokens)
                     for place, tokens in into.too_long
@@ -164,6 +164,12 @@ class Preparer:
             repeated=repeated,
         )
         write_json(folder / PART, part.model_dump())
+
+    def _written(self, ids: "np.ndarray") -> str:
+        """Return what a model writes in a turn that calls tools, as `evaluate` reads what a model wrote."""
+        own = ids[:-1] if len(ids) and int(ids[-1]) in self._chat.stop_ids else ids
+        text: str = self._tokenizer.decode(own.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     def _write_train(
         self, train: Tokens, names: "_Names", keys: "np.ndarray", folder: Path, copies: "np.ndarray | None"
@@ -215,8 +221,10 @@ class _Names:
         self.lines += columns["line"]
 
 
-def _held(made: Tokens, columns: Mapping[str, list[Any]], first: int) -> "pa.RecordBatch":
-    """Return holdout rows."""
+def _held(
+    made: Tokens, columns: Mapping[str, list[Any]], first: int, written: Callable[["np.ndarray"], str]
+) -> "pa.RecordBatch":
+    """Return holdout rows; an answer that calls tools is what the template writes for it."""
     import numpy as np
     import pyarrow as pa
 
@@ -229,6 +237,12 @@ def _held(made: Tokens, columns: Mapping[str, list[Any]], first: int) -> "pa.Rec
         [ids[end - size : end - size + cut] for end, size, cut in zip(ends, lengths, prompts, strict=True)]
     )
     schema = holdout_schema()
+    answers = []
+    for i, end, size in zip(places, ends, lengths, strict=True):
+        last = columns["messages"][i][answered[i]]
+        own = slice(end - size, end)
+        learned = ids[own][labels[own] != IGNORED]
+        answers.append(written(learned) if last.get("tool_calls") else last["content"])
 
     def lists(flat: "np.ndarray", sizes: "np.ndarray") -> Any:
         offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
@@ -241,7 +255,7 @@ def _held(made: Tokens, columns: Mapping[str, list[Any]], first: int) -> "pa.Rec
             pa.array(
                 [json.dumps(columns["messages"][i][: answered[i]], ensure_ascii=False) for i in places], pa.string()
             ),
-            pa.array([columns["messages"][i][answered[i]]["content"] for i in places], pa.string()),
+            pa.array(answers, pa.string()),
             lists(heads, prompts),
             lists(ids, lengths),
             lists(labels, lengths),

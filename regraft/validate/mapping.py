@@ -62,7 +62,8 @@ class Mapping:
     def __init__(self, data: DataParams, params: ValidateParams, source: str | None = None) -> None:
         self.data = data
         self.params = params
-        self._source = source
+        self.source = source
+        """The source that the rows are of; None where there are none."""
         self._prompt, self._answer, self._system = (
             parse(template) if template else None for template in (data.prompt, data.answer, data.system)
         )
@@ -79,8 +80,8 @@ class Mapping:
         if messages is None:
             return None
         slices = {name: text for name, pieces in self._slices if (text := fill(pieces, record))}
-        if self._source is not None:
-            slices["source"] = self._source
+        if self.source is not None:
+            slices["source"] = self.source
         identity = as_text(record.get(self.data.id)) if self.data.id else ""
         row = Row(messages, slices, None, identity or None, {Reason.WRONG_TOOLS} if wrong else set())
         self._judge_time(row, record)
