@@ -75,6 +75,23 @@ def diff(
 
 
 @data.command()
+def page(
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file; data/work/summary.html otherwise.")] = None,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Write one page with pictures: where every row went, lengths, slices, and drift against the champion's data."""
+    out = None if out is None else out.absolute()
+    layout = clone(root)
+    from regraft import settings
+    from regraft.summary import NAME, write_summary
+
+    target = out or layout.work / NAME
+    said = write_summary(layout, settings.load(layout), target)
+    answer({"page": str(target), "said": said}, [*said, f"page: {target}"], as_json=as_json)
+
+
+@data.command()
 def forget(
     match: Annotated[
         str | None, typer.Option("--match", help="A regular expression, looked for in all that is said in a row.")

@@ -178,7 +178,11 @@ def _read_file(
         if forgotten is not None:
             stay = [i for i in range(len(batch)) if not _is_forgotten(forgotten, batch[i], made[i], mapping.data)]
             tally.counts.forgotten += len(batch) - len(stay)
-            batch, made, measured = [batch[i] for i in stay], [made[i] for i in stay], measured.take(pa.array(stay, pa.int64()))
+            batch, made, measured = (
+                [batch[i] for i in stay],
+                [made[i] for i in stay],
+                measured.take(pa.array(stay, pa.int64())),
+            )
         flags: dict[str, list[int]] = {"accepted": [], "quarantined": [], "duplicate": []}
         reasons_of = _reasons(measured)
         digests = [
