@@ -108,6 +108,23 @@ def test_calls_are_trained_held_out_and_audited_like_any_answer(base: Path, tmp_
         assert '"name": "stock"' in tokenizer.decode(each["prompt_ids"])
 
 
+def test_tools_that_nobody_calls_are_in_the_prompt_all_the_same(base: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi {}"}, {"role": "assistant", "content": "ho"}]
+    rows = [
+        {
+            "messages": [{**turns[0], "content": f"hi {i}"}, turns[1]],
+            "tools": TOOLS if i % 2 else None,
+            "kind": str(i % 2),
+        }
+        for i in range(60)
+    ]
+    write(tmp_path, rows, ["a note"])
+    run(tmp_path, base)
+    tokenizer = tiny.make_tokenizer()
+    for each in stream(tmp_path / "out/holdout-00000.arrow"):
+        assert ('"name": "stock"' in tokenizer.decode(each["prompt_ids"])) == (dict(each["slices"])["kind"] == "1")
+
+
 def test_a_plain_text_is_always_trained_whole_and_never_held_out(base: Path, tmp_path: Path) -> None:
     notes = [f"note {i}: the lamp of day {i} is <|im_end|> green" for i in range(50)]
     write(tmp_path, [row(i, answered=True) for i in range(40)], [*notes, notes[0]])

@@ -38,7 +38,9 @@ def test_each_source_is_read_with_its_own_columns_and_named_by_a_slice(stage: An
 def test_the_share_of_a_source_is_an_expectation_from_below_and_from_above(stage: Any, chat: Chat) -> None:
     write(stage, chat)
     shares = {"tickets": {"level": "block", "minimum": 0.5}, "notes": {"maximum": 0.2}, "other": {"minimum": 0.25}}
-    report = stage.run({"sources": SOURCES, "id": "n"}, expectations={"sources": shares})
+    stage.write("d.jsonl", "{\n" * 3)  # what is quarantined is in no share
+    expectations = {"sources": shares, "quarantined": {"share": 1.0}, "files": {"level": "warn"}}
+    report = stage.run({"sources": SOURCES, "id": "n"}, expectations=expectations)
     found = {each.name: (each.passed, each.measured) for each in report.expectations if each.name.startswith("sources")}
     assert found == {
         "sources.notes.maximum": (False, 0.25),
