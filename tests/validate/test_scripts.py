@@ -22,6 +22,7 @@ Chat = Callable[..., str]
         ("my friend Юрий asks about two lamps and one desk", ["Latin"], False),
         ("ランプはどこ", ["Han", "Hiragana", "Katakana"], False),
         ("램프가 어디 있나요", ["Hangul"], False),
+        ("コーヒーメーカー", ["Katakana"], False),  # the sign of length is of no one script
         ("12345 !!", ["Latin"], False),
         ("", ["Latin"], False),
         ("e\u0301te\u0301", ["Latin"], False),
