@@ -10,17 +10,22 @@ right for any template in which the one starts with the other; any other templat
 Tokens before an answer are exactly those that the prompt alone gives: where the tokenizer would merge across that border
 it is kept apart. Control tokens that somebody typed are plain text (`regraft.sealed`). A clock in a template stands
 still, so that rendering is repeatable.
+
+Tools and calls (`regraft.messages`) go to the template as it expects them; one that leaves them out is refused: the model
+would learn to say nothing. A plain text goes to no template: all its tokens are learned, and the end of text after them.
 """
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 from regraft.artifacts import digest_bytes
 from regraft.errors import DataError
+from regraft.messages import called, has_tools, is_text
 from regraft.sealed import SealedTokenizer
 
 IGNORED = -100
@@ -29,6 +34,8 @@ IGNORED = -100
 Message = dict[str, str]
 Supervise = Literal["assistant", "last"]
 
+_TOOL, _CALL = "probeoftool", "probeofcall"
+_NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
 _ROLE = re.compile(r"[A-Za-z][A-Za-z_]{0,31}")
 # Shadows the function of that name, which asks the clock; the date is the default of Llama 3's templates.
 _STILL_CLOCK = (
@@ -73,7 +80,7 @@ class Chat:
         self._tokenizer = tokenizer
         self.template = (_STILL_CLOCK if "strftime_now" in template else "") + template
         question, answer = "questionq", "answera"
-        probe: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        probe: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         text = self._render([probe], generation=False)[0]
         if text.count(answer) != 1:
             raise DataError(f"the chat template writes an answer {text.count(answer)} times, expected once")
@@ -101,6 +108,12 @@ class Chat:
             DataError: the template refuses a conversation, or does not render it so that its answers can be told.
         """
         names = names or [f"conversation {i}" for i in range(len(conversations))]
+        if plain := [i for i, messages in enumerate(conversations) if is_text(messages)]:
+            others = [i for i in range(len(conversations)) if i not in set(plain)]
+            rendered = dict(zip(plain, self._plain([conversations[i][0]["content"] for i in plain]), strict=True))
+            talks = self.encode([conversations[i] for i in others], supervise, [names[i] for i in others])
+            rendered |= zip(others, talks, strict=True)
+            return [rendered[i] for i in range(len(conversations))]
         wholes, parts, where = [], [], []
         for i, messages in enumerate(conversations):
             last = last_answer(messages)
@@ -124,6 +137,8 @@ class Chat:
         for (i, k), text, prompt in zip(where, closed, prompts, strict=True):
             spans[i].append(self._span(texts[i], text, prompt, names[i], k))
             turns_of[i].append(k)
+            if has_tools(conversations[i]):
+                self._check_tools(conversations[i], k, self.unsealed(text[len(prompt) :]), names[i])
         return self._tokenise(texts, spans, turns_of, names)
 
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
@@ -133,28 +148,89 @@ class Chat:
         texts = [self.sealed.seal(text) for text in self._render(hidden, generation=True, names=names)]
         return [list(encoding.ids) for encoding in self.sealed.encode(texts)]
 
-    def _hidden(self, messages: Sequence[Message], name: str) -> list[Message]:
-        """Return the messages with typed control tokens hidden."""
-        hidden = []
+    def unsealed(self, sealed: str) -> str:
+        """Return a sealed text with the spelling of its control tokens."""
+        return self.sealed.unseal(sealed)
+
+    @cached_property
+    def _probe_of_tools(self) -> str:
+        """A conversation that calls a tool, as the template renders it; empty where it refuses one."""
+        tool = {"type": "function", "function": {"name": _TOOL, "description": "", "parameters": _NOTHING}}
+        call = {"id": "probe0001", "type": "function", "function": {"name": _CALL, "arguments": {}}}
+        probe: list[dict[str, Any]] = [
+            {"role": "user", "content": "questionq", "tools": [tool]},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "found", "name": _CALL, "tool_call_id": "probe0001"},
+            {"role": "assistant", "content": "answera"},
+        ]
+        try:
+            return self._render([probe], generation=False)[0]
+        except DataError:
+            return ""
+
+    def _plain(self, texts: Sequence[str]) -> list[Rendered]:
+        """Return plain texts as tokens, with what the tokenizer begins and ends a document with."""
+        first = self._tokenizer("x")["input_ids"][:1]
+        begin = self._tokenizer.bos_token if first and first[0] == self._tokenizer.bos_token_id else ""
+        end = self._tokenizer.eos_token or ""
+        sealed = [self.sealed.seal(f"{begin}{self.sealed.hide(text, keep_added=False)}{end}") for text in texts]
+        rendered = []
+        for text, encoding in zip(sealed, self.sealed.encode(sealed), strict=True):
+            ids = list(encoding.ids)
+            rendered.append(Rendered(ids, [IGNORED, *ids[1:]], [(0, len(ids))], [0], text, False))
+        return rendered
+
+    def _check_tools(self, messages: Sequence[Message], turn: int, answer: str, name: str) -> None:
+        """Check that the template writes tools and calls, and those of a turn into what the model has to write."""
+        missing = []
+        if messages[0].get("tools") and _TOOL not in self._probe_of_tools:
+            missing.append("the definitions of tools")
+        if any(each.get("tool_calls") for each in messages) and _CALL not in self._probe_of_tools:
+            missing.append("calls")
+        if any(each not in answer for each in called(messages[turn])):
+            missing.append(f"the call in message {turn + 1}")
+        if missing:
+            raise DataError(
+                f"{name}: the chat template leaves out {' and '.join(missing)}",
+                fix="use a base model whose chat template knows tools, or set data.tools to null: such rows are quarantined",
+            )
+
+    def _hidden(self, messages: Sequence[Message], name: str) -> list[dict[str, Any]]:
+        """Return the messages as the template gets them, with typed control tokens hidden."""
+        hidden: list[dict[str, Any]] = []
         for message in messages:
             role = message["role"]
             if not _ROLE.fullmatch(role):
                 raise DataError(f"{name}: found role {role[:40]!r}, expected a word such as `user` or `assistant`")
             content = self.sealed.hide(message["content"], keep_added=role == "assistant")
             hidden.append({"role": role, "content": content})
+            for extra in ("tool_calls", "tools"):
+                if found := message.get(extra):  # within JSON the spelling of a control token is as it is
+                    hidden[-1][extra] = json.loads(self.sealed.hide(found, keep_added=extra == "tool_calls"))
+            for extra in ("tool_call_id", "name"):
+                if found := message.get(extra):
+                    hidden[-1][extra] = self.sealed.hide(found, keep_added=False)
         return hidden
 
     def _render(
-        self, conversations: list[list[Message]], *, generation: bool, names: Sequence[str] | None = None
+        self, conversations: Sequence[list[dict[str, Any]]], *, generation: bool, names: Sequence[str] | None = None
     ) -> list[str]:
         from jinja2 import TemplateError
 
-        def apply(batch: list[list[Message]]) -> list[str]:
-            return list(
-                self._tokenizer.apply_chat_template(
-                    batch, chat_template=self.template, tokenize=False, add_generation_prompt=generation
-                )
+        def apply(batch: Sequence[list[dict[str, Any]]]) -> list[str]:
+            render = partial(
+                self._tokenizer.apply_chat_template,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=generation,
             )
+            if not any("tools" in each[0] for each in batch):
+                return list(render(batch))
+            texts = []
+            for first, *others in batch:  # tools are of one conversation, and the tokenizer takes one list for all
+                first = dict(first)
+                texts.append(render([first, *others], tools=first.pop("tools", None)))
+            return texts
 
         if not conversations:
             return []

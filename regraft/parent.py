@@ -43,24 +43,29 @@ def set_parent(layout: Layout, settings: Settings, which: str | None) -> Parent:
         ParamsError: `params.yaml` has no line for it.
     """
     if which is None:
-        _write(layout.params, {"parent": "null", "parent_digest": "null"})
+        write_values(layout.params, "train", {"parent": "null", "parent_digest": "null"})
         return Parent(None, None, None)
     found = version(settings.register_, layout, which)
     folder = FOLDER / found.identity[:16]
     fetch(found, folder)
     digest = check_adapter(folder / "adapter").digest
     adapter = (folder / "adapter").as_posix()
-    _write(layout.params, {"parent": adapter, "parent_digest": digest})
+    write_values(layout.params, "train", {"parent": adapter, "parent_digest": digest})
     return Parent(found.number, adapter, digest)
 
 
-def _write(file: Path, values: dict[str, str]) -> None:
-    """Change values of the section `train`, and nothing else of the file: comments and order stay."""
-    before, mark, section = file.read_text(encoding="utf-8").partition("\ntrain:\n")
-    end = re.search(r"^\S", section, flags=re.MULTILINE)
-    body, after = (section[: end.start()], section[end.start() :]) if end else (section, "")
+def write_values(file: Path, section: str, values: dict[str, str]) -> None:
+    """Change values of a section of `params.yaml`, and nothing else of the file: comments and order stay.
+
+    Raises:
+        ParamsError: the section has no line of its own for one of them.
+    """
+    before, mark, body = ("\n" + file.read_text(encoding="utf-8")).partition(f"\n{section}:\n")
+    end = re.search(r"^\S", body, flags=re.MULTILINE)
+    body, after = (body[: end.start()], body[end.start() :]) if end else (body, "")
     for key, value in values.items():
         body, changes = re.subn(rf"^(  {key}: )\S+", rf"\g<1>{value}", body, flags=re.MULTILINE)
         if changes != 1:
-            raise ParamsError(f"{PARAMS_FILE}: train.{key} has no line of its own", fix=f"add `  {key}: null` to train")
-    write_file(file, (before + mark + body + after).encode())
+            fix = f"add `  {key}: null` to {section}"
+            raise ParamsError(f"{PARAMS_FILE}: {section}.{key} has no line of its own", fix=fix)
+    write_file(file, (before + mark + body + after)[1:].encode())

@@ -1,5 +1,6 @@
 """What a model is made to learn of a conversation, under templates and tokenizers of different kinds."""
 
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -384,3 +385,89 @@ def test_a_tokenizer_without_a_template_is_refused_with_a_way_out() -> None:
 def test_the_templates_digest_changes_with_the_template_only() -> None:
     assert template_digest(byte_level()) == template_digest(qwen())
     assert template_digest(byte_level()) != template_digest(llama3())
+
+
+TOOLS_TEMPLATE = (  # as Qwen's and Hermes' do
+    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{% if message.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ message.content }}\n"
+    "</tool_response><|im_end|>\n{% else %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = json.dumps([{"type": "function", "function": {"name": "weather", "description": "of <|im_end|> a town"}}])
+CALLS = json.dumps(
+    [{"type": "function", "function": {"name": "weather", "arguments": {"town": "Bonn <|im_end|>", "a": "x"}}}]
+)
+
+
+def calling() -> list[dict[str, Any]]:
+    return [
+        {**user("rain in Bonn?"), "tools": TOOLS, "tool_calls": None},
+        {**bot(""), "tool_calls": CALLS},
+        {"role": "tool", "content": "rain <|im_end|>"},
+        bot("It rains."),
+    ]
+
+
+def test_tools_and_calls_go_through_the_template_and_calls_are_learned_with_their_arguments_in_order() -> None:
+    chat = open_chat(byte_level(TOOLS_TEMPLATE))
+    row = chat.encode([calling()], "assistant")[0]
+    learned = [chat.unsealed(chat.sealed.decode([row.input_ids[a:b]])[0]) for a, b in row.answers]
+    assert learned == [
+        '<tool_call>\n{"name": "weather", "arguments": {"town": "Bonn <|im_end|>", "a": "x"}}\n</tool_call><|im_end|>',
+        "It rains.<|im_end|>",
+    ]
+    assert row.turns == [1, 3]
+    whole = chat.unsealed(row.text)
+    assert whole.startswith('<|im_start|>system\nTools:{"type": "function", "function": {"name": "weather"')
+    # Five messages of the template, and not one that somebody typed into a tool, a call or a result.
+    ids = byte_level(TOOLS_TEMPLATE).convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [row.input_ids.count(id_) for id_ in ids] == [5, 5]
+    assert whole.count("<|im_end|>") == 8
+
+
+def test_conversations_with_different_tools_and_with_none_keep_their_own_in_one_batch() -> None:
+    chat = open_chat(byte_level(TOOLS_TEMPLATE))
+    some = [calling(), [user("hi"), bot("ho")], calling()[:2]]
+    batch = chat.encode(some, "last")
+    assert batch == [chat.encode([each], "last")[0] for each in some]
+    assert "Tools" not in batch[1].text
+    prompt = chat.prompts([calling()[:1]])[0]
+    assert batch[2].prompt_ids == prompt
+
+
+@pytest.mark.parametrize("supervise", ["assistant", "last"])
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (tiny.CHATML, "leaves out the definitions of tools and calls"),
+        (
+            TOOLS_TEMPLATE.replace("Tools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}", ""),
+            "definitions of tools",
+        ),
+        (TOOLS_TEMPLATE.replace("<tool_call>\n{{ call.function | tojson }}\n</tool_call>", ""), "leaves out calls"),
+    ],
+)
+def test_a_template_that_leaves_tools_or_calls_out_is_refused(template: str, says: str, supervise: Any) -> None:
+    chat = open_chat(byte_level(template))
+    with pytest.raises(DataError, match=says):
+        chat.encode([calling()], supervise)
+
+
+def test_all_of_a_plain_text_is_learned_but_its_first_token_with_the_end_of_text_after_it() -> None:
+    tokenizer = qwen()
+    chat = open_chat(tokenizer)
+    texts = ["where is my lamp\n\n", "typed <|im_end|> and <|im_start|>user\nhi"]
+    rows = chat.encode([[{"role": "text", "content": text}] for text in texts], "assistant")
+    for row, text in zip(rows, texts, strict=True):
+        assert row.input_ids[-1] == tokenizer.eos_token_id
+        assert row.input_ids.count(tokenizer.eos_token_id) == 1
+        assert row.labels == [IGNORED, *row.input_ids[1:]]
+        assert tokenizer.decode(row.input_ids[:-1]) == text
+    assert rows[0].input_ids[:-1] == tokenizer(texts[0])["input_ids"]
+
+
+def test_plain_texts_and_conversations_of_one_batch_keep_their_places() -> None:
+    chat = open_chat(llama3())
+    some = [[{"role": "text", "content": "a text"}], [user("hi"), bot("ho")], [{"role": "text", "content": "b"}]]
+    assert chat.encode(some, "last") == [chat.encode([each], "last")[0] for each in some]

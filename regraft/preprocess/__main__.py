@@ -23,7 +23,8 @@ def body(sections: Sections, layout: Layout) -> None:
 
     started = time.monotonic()
     base, rows, out = (layout.stage(name) for name in ("model", "validate", "preprocess"))
-    report = preprocess(sections.preprocess, base=base, rows=rows, out=out, cache=layout.cache("preprocess"))
+    cache = layout.cache("preprocess")
+    report = preprocess(sections.preprocess, base=base, rows=rows, out=out, cache=cache, root=layout.root)
     seconds = time.monotonic() - started
     measured = {"seconds": round(seconds, 2), "rows_per_second": round(report.counts.rows_in / seconds, 1)}
     write_json(layout.measurements("preprocess"), measured)

@@ -1,10 +1,12 @@
 """The supervision audit: measured on finished tokens and labels by decoding them, not by how they were made."""
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regraft.chat import IGNORED, Chat, Message, Rendered
+from regraft.messages import has_tools, is_text, leaves, words
 from regraft.preprocess.report import Supervision
 from regraft.sealed import unknown_id
 
@@ -44,15 +46,20 @@ class Audit:
             sums["rows_learning_to_stop"] += bool(kept) and kept[-1] in self._chat.stop_ids
             sums["round_trip"] += _same(whole, row.text)
             sums["kept_apart"] += row.kept_apart
-            typed = any(sealed.hide(each["content"], keep_added=False) != each["content"] for each in messages)
+            typed = any(sealed.hide(words(each), keep_added=False) != words(each) for each in messages)
             sums["control_text"] += typed
             control = sum(id_ in self._special for id_ in row.input_ids)
             sums["control_leaked"] += max(0, control - self._control_of_template(messages, row))
             if self._unknown is not None:
                 sums["unknown_tokens"] += row.input_ids.count(self._unknown) - sealed.count(row.text, self._unknown)
             for turn in row.turns:
-                answer = _composed(sealed.seal(sealed.hide(messages[turn]["content"], keep_added=True)))
                 written = _composed(next(texts))
+                if is_text(messages) or messages[turn].get("tool_calls"):
+                    whole_turn = self._whole_turn(messages, turn, row, written)
+                    sums["answers_recovered"] += whole_turn
+                    sums["answers_exact"] += whole_turn
+                    continue
+                answer = _composed(sealed.seal(sealed.hide(messages[turn]["content"], keep_added=True)))
                 sums["answers_recovered"] += answer.strip() in written
                 # Templates trim, or set a blank before an answer; a line break of a header is neither.
                 whole_answers = {text + self._chat.ending for text in (answer, answer.strip())}
@@ -95,6 +102,10 @@ class Audit:
     def _control_of_template(self, messages: Sequence[Message], row: Rendered) -> int:
         """Return how many special tokens the template writes for such a sequence of roles."""
         upto = row.turns[-1] + 1
+        if has_tools(messages):
+            neutral = [{**message, "content": "x" if message["content"] else ""} for message in messages[:upto]]
+            ids = self._chat.encode([neutral], "last")[0].input_ids
+            return sum(id_ in self._special for id_ in ids)
         roles = tuple(message["role"] for message in messages[:upto])
         if roles not in self._expected:
             if len(self._expected) > 10_000:
@@ -103,6 +114,18 @@ class Audit:
             ids = self._chat.encode([neutral], "last")[0].input_ids
             self._expected[roles] = sum(id_ in self._special for id_ in ids)
         return self._expected[roles]
+
+    def _whole_turn(self, messages: Sequence[Message], turn: int, row: Rendered, written: str) -> bool:
+        """Say whether a plain text, or what a turn says and all that it calls with every argument, comes back."""
+        if is_text(messages):
+            return written == _composed(row.text)
+        plain = self._chat.unsealed(written)
+        calls = json.loads(messages[turn]["tool_calls"])
+        parts = [text for each in calls for text in leaves(each["function"])]
+        parts = [part for part in parts if part not in ("name", "arguments")]
+        return all(
+            _composed(part) in plain or json.dumps(part)[1:-1] in plain for part in (*parts, messages[turn]["content"])
+        )
 
     def retokenised(self, texts: list[str]) -> list[list[int]]:
         """Tokenise rendered texts with the tokenizer as it is."""

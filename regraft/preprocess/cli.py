@@ -74,6 +74,44 @@ def diff(
     answer(found.model_dump(), lines(found), as_json=as_json)
 
 
+@data.command()
+def page(
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file; data/work/summary.html otherwise.")] = None,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Write one page with pictures: where every row went, lengths, slices, and drift against the champion's data."""
+    out = None if out is None else out.absolute()
+    layout = clone(root)
+    from regraft import settings
+    from regraft.summary import NAME, write_summary
+
+    target = out or layout.work / NAME
+    said = write_summary(layout, settings.load(layout), target)
+    answer({"page": str(target), "said": said}, [*said, f"page: {target}"], as_json=as_json)
+
+
+@data.command()
+def forget(
+    match: Annotated[
+        str | None, typer.Option("--match", help="A regular expression, looked for in all that is said in a row.")
+    ] = None,
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", help="A row's own name (column data.id); may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look only; change nothing.")] = False,
+    root: Root = HERE,
+    as_json: Json = False,
+) -> None:
+    """Leave rows out of all future versions, tag the versions that were trained on them, and say how to make a clean one."""
+    layout = clone(root)
+    from regraft import settings
+    from regraft.forget import forget as forget_rows
+
+    found = forget_rows(layout, settings.load(layout), match=match, ids=ids or (), dry_run=dry_run)
+    answer(found.to_dict(), found.lines(), as_json=as_json)
+
+
 def _chat(base: Path) -> Any:
     """Return how the base model renders; None before the stage `model` has run."""
     if not (base / "report.json").is_file():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.chat import IGNORED, Chat, Message, Rendered, Supervise, last_answer
 from regraft.errors import DataError
+from regraft.messages import has_tools
 from regraft.preprocess.audit import Audit
 from regraft.preprocess.skeleton import Skeleton, Skeletons
 
@@ -109,6 +110,8 @@ class Encoder:
         if self._skeletons.table is None or (last := last_answer(messages)) is None:
             return None
         roles = []
+        if has_tools(messages):
+            return None
         for message in messages[: last + 1]:
             words = message["content"]
             if not words or words[0].isspace() or words[-1].isspace() or self._chat.sealed.holds_control(words):

@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from regraft.errors import MissingInput
+from regraft.messages import called, words
 from regraft.preprocess.holdout import plain
 from regraft.preprocess.near import grams
 from regraft.preprocess.shards import read_batches
@@ -42,7 +43,9 @@ class Difference(BaseModel):
     novel_runs: float
     """Share of the runs of five words in new or changed rows that no older row has; 0 without any."""
     slices: dict[str, dict[str, int]]
-    """By slice and value, rows after less rows before, where not 0."""
+    """By slice and value, rows after less rows before, where not 0; sources are the slice `source`."""
+    calls: dict[str, int] = Field(default_factory=dict)
+    """By the name of a tool, messages that call it after less those before, where not 0."""
 
 
 def diff_rows(before: Path, after: Path) -> Difference:
@@ -104,6 +107,7 @@ def diff_rows(before: Path, after: Path) -> Difference:
         most_frequent_new_words=dict(sorted(shown, key=lambda each: (-each[1], each[0]))[:_SHOWN]),
         novel_runs=round(novel / all_runs, 4) if all_runs else 0.0,
         slices=grown,
+        calls={name: count for name, count in sorted(_calls(before, after).items()) if count},
     )
 
 
@@ -118,6 +122,8 @@ def lines(found: Difference) -> list[str]:
     ]
     for name, values in found.slices.items():
         said.append(f"{name}: " + ", ".join(f"{value} {count:+,}" for value, count in values.items()))
+    if found.calls:
+        said.append("calls of tools: " + ", ".join(f"{name} {count:+,}" for name, count in found.calls.items()))
     return said
 
 
@@ -133,7 +139,17 @@ def _ids(path: Path) -> tuple[list[bytes], dict[str, bytes]]:
 
 
 def _text(messages: list[dict[str, Any]]) -> str:
-    return plain("\n".join(each["content"] for each in messages))
+    return plain("\n".join(words(each) for each in messages))
+
+
+def _calls(before: Path, after: Path) -> Counter[str]:
+    counted: Counter[str] = Counter()
+    for path, sign in ((before, -1), (after, 1)):
+        for batch in read_batches(path, ("messages",)):
+            for messages in batch["messages"].to_pylist():
+                for name in (name for each in messages for name in called(each)):
+                    counted[name] += sign
+    return counted
 
 
 def _slices(path: Path) -> Counter[tuple[str, str]]:

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from regraft.chat import Message, last_answer
+from regraft.messages import is_text, words
 from regraft.preprocess.params import HoldoutParams
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ class Fate(IntEnum):
     NEAR = 6
     CONTAMINATED = 7
     AGED = 8
+    DECONTAMINATED = 9
+    NEAR_DUPLICATE = 10
+    SAMPLED = 11
 
 
 def content_key(messages: Sequence[Message]) -> str:
@@ -43,7 +47,7 @@ def content_key(messages: Sequence[Message]) -> str:
 def prompt_text(messages: Sequence[Message]) -> str:
     """Return all that precedes the last assistant message, folded; see `content_key`."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    return "\n".join(plain(message["content"]) for message in messages[:last])
+    return "\n".join(plain(words(message)) for message in messages[:last])
 
 
 def held_out(key: str, slices: Mapping[str, str], params: HoldoutParams) -> bool:
@@ -61,8 +65,11 @@ def row_entry(row: Mapping[str, Any], params: HoldoutParams) -> tuple[str, str, 
     messages: Sequence[Message] = row["messages"]
     key = content_key(messages)
     last = last_answer(messages)
-    answer = "" if last is None else messages[last]["content"]
-    if not answer.strip():
+    answer = "" if last is None else words(messages[last])
+    if is_text(messages):  # there is no answer to be judged by: never held out
+        always = any(row["slices"].get(name) == value for name, value in params.always.items())
+        fate = Fate.TRAIN if messages[0]["content"].strip() and not always else Fate.NOTHING_TO_TRAIN
+    elif not answer.strip():
         fate = Fate.NOTHING_TO_TRAIN
     else:
         fate = Fate.HOLDOUT if held_out(key, row["slices"], params) else Fate.TRAIN

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.artifacts import read_json, write_json
+from regraft.messages import words
+from regraft.preprocess.benchmarks import WORDS
 from regraft.preprocess.holdout import plain, prompt_text, row_entry
+from regraft.preprocess.mix import SLICE
 from regraft.preprocess.params import PreprocessParams
 from regraft.preprocess.shards import Shard, read_batches
 
@@ -47,7 +50,10 @@ def read_keys(path: Path, shard: Shard, params: PreprocessParams, folder: Path) 
 
     from regraft.preprocess.near import grams, sketch
 
+    wanted = looked_for(params)
     near: list[tuple[np.ndarray, np.ndarray]] = []
+    whole: list[np.ndarray] = []
+    origins: list[bytes] = []
     runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     entries: list[tuple[str, str, str, str, int]] = []
@@ -57,12 +63,17 @@ def read_keys(path: Path, shard: Shard, params: PreprocessParams, folder: Path) 
         some: list[Any] = batch["messages"].to_pylist()
         if params.leaks.near is not None:
             near.append(sketch([prompt_text(messages) for messages in some]))
-        if params.leaks.run is not None:
-            texts = [plain("\n".join(each["content"] for each in messages)) for messages in some]
-            runs.append(grams(texts, params.leaks.run))
+        if wanted["run"] is not None or wanted["whole"]:
+            texts = [plain("\n".join(words(each) for each in messages)) for messages in some]
+            if wanted["run"] is not None:
+                runs.append(grams(texts, wanted["run"]))
+            if wanted["whole"]:
+                whole.append(sketch(texts)[0])
         for row_id, messages, slices, at in zip(*columns, strict=True):
             row = {"row_id": row_id, "messages": messages, "slices": dict(slices or ()), "at": at}
             names.update(row["slices"])
+            if wanted["origins"]:
+                origins.append(row["slices"].get(SLICE, "").encode())
             entries.append(row_entry(row, params.holdout))
     keys, answers, times, ids, fates = zip(*entries, strict=True)
     np.savez(
@@ -78,8 +89,23 @@ def read_keys(path: Path, shard: Shard, params: PreprocessParams, folder: Path) 
         found |= {"signatures": np.concatenate([a for a, _ in near]), "bags": np.concatenate([b for _, b in near])}
     if runs:
         found |= {"runs": np.concatenate([a for a, _ in runs]), "counts": np.concatenate([b for _, b in runs])}
+    if whole:
+        found["whole"] = np.concatenate(whole)
+    if origins:
+        found["origins"] = np.array(origins, np.bytes_)
     np.savez(folder / NEAR, **found)  # type: ignore[arg-type]
     write_json(folder / NAMES, sorted(names))
+
+
+def looked_for(params: PreprocessParams) -> dict[str, Any]:
+    """Return what `read_keys` has to keep of each row: what decides about that, and nothing else, names its entry."""
+    leaks = params.leaks
+    return {
+        "near": leaks.near is not None,
+        "run": leaks.run if leaks.run is not None or not leaks.benchmarks else WORDS,
+        "whole": params.near_duplicates is not None,
+        "origins": bool(params.mix),
+    }
 
 
 def load_keys(folder: Path) -> Keys:
@@ -91,7 +117,7 @@ def load_keys(folder: Path) -> Keys:
 
 
 def load_near(folder: Path) -> dict[str, "np.ndarray"]:
-    """Load what the search for leaks needs: `signatures` and `bags`, `runs` and `counts`, where they were asked for."""
+    """Load what the search for leaks needs: `signatures` and `bags`, `runs` and `counts`, `whole`, `origins`, where they were asked for."""
     import numpy as np
 
     with np.load(folder / NEAR) as found:

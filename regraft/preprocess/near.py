@@ -96,14 +96,26 @@ class HeldOut:
         return found
 
 
+def band(signatures: "np.ndarray", number: int) -> "np.ndarray":
+    """Return a hash of one band of each signature, uint64."""
+    size = HASHES // BANDS
+    return _hashed(signatures[:, number * size : (number + 1) * size].astype("uint64"))
+
+
 def _bands(signatures: "np.ndarray") -> "np.ndarray":
     """Return a hash of each band, uint64 of (rows, BANDS)."""
     import numpy as np
 
-    parts = signatures.reshape(len(signatures), BANDS, HASHES // BANDS).astype(np.uint64)
-    hashed = np.zeros(parts.shape[:2], np.uint64)
-    for i in range(parts.shape[2]):
-        hashed = (hashed ^ parts[:, :, i]) * np.uint64(0x9E3779B97F4A7C15)
+    return _hashed(signatures.reshape(len(signatures), BANDS, HASHES // BANDS).astype(np.uint64))
+
+
+def _hashed(parts: "np.ndarray") -> "np.ndarray":
+    """Return a hash of the last axis."""
+    import numpy as np
+
+    hashed = np.zeros(parts.shape[:-1], np.uint64)
+    for i in range(parts.shape[-1]):
+        hashed = (hashed ^ parts[..., i]) * np.uint64(0x9E3779B97F4A7C15)
         hashed ^= hashed >> np.uint64(29)
     return hashed
 

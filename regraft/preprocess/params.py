@@ -29,6 +29,10 @@ class LeakParams(Section):
     """Words in a row that a training row (all its messages) must not share with a held-out one; 5 to 100, 13 in GPT-3's
     paper. Null: not looked at. Answers that are a form filled in share long runs by their nature."""
 
+    benchmarks: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
+    """Files of benchmarks by path, each with its sha256: a training row that shares a run of `run` words (13 where that is
+    null) with any text in one is left out. Formats: see `benchmarks.py`."""
+
 
 class ReplayParams(Section):
     """How much of older rows is trained on again; age is counted from the newest row, not from today."""
@@ -38,6 +42,17 @@ class ReplayParams(Section):
 
     floor: float = Field(default=0.1, ge=0, le=1)
     """Share that always stays, however old; 0 to 1. What is never repeated is forgotten."""
+
+
+class MixParams(Section):
+    """How much of a source is trained on; the holdout keeps every row."""
+
+    weight: float = Field(default=1.0, ge=0, le=100)
+    """How often a row is trained on in an epoch, on average; 0 to 100. Under 1 a share of the rows is left out, over 1 rows
+    are repeated; which ones, each row's own content decides."""
+
+    cap: int | None = Field(default=None, ge=1)
+    """Different rows, at most; null: all. Those with the lowest hashes stay."""
 
 
 class PreprocessParams(Section):
@@ -66,6 +81,14 @@ class PreprocessParams(Section):
 
     replay: ReplayParams | None = None
     """Leave out a share of older training rows, by age; null trains on all of them. The holdout keeps every row."""
+
+    mix: dict[str, MixParams] = Field(default_factory=dict)
+    """Weight and cap of sources, by their names in `data.sources` (`other`: files in none); here and not there, so that another
+    mixture validates nothing again."""
+
+    near_duplicates: float | None = Field(default=None, ge=0.4, le=1)
+    """Jaccard index of the word pairs of two training rows (all that is said in them), estimated, from which the later one is
+    left out; 0.4 to 1. 0.8 finds copies with small edits. Null: only equal rows are left out."""
 
     holdout: HoldoutParams = Field(default_factory=HoldoutParams)
     """Which rows are held out."""

@@ -20,14 +20,17 @@ from regraft.chat import open_chat, template_digest
 from regraft.errors import DataError, GateRefused, MissingInput, ParamsError
 from regraft.failpoints import failpoint
 from regraft.preprocess.audit import supervision
+from regraft.preprocess.benchmarks import WORDS, read_benchmarks
 from regraft.preprocess.holdout import Fate, decide
-from regraft.preprocess.keys import load_keys
-from regraft.preprocess.leaks import keep_apart
+from regraft.preprocess.keys import load_keys, load_near, looked_for
+from regraft.preprocess.leaks import decontaminate, keep_apart
+from regraft.preprocess.mix import weigh
 from regraft.preprocess.params import PreprocessParams
 from regraft.preprocess.replay import thin
 from regraft.preprocess.report import Counts, PreprocessReport
 from regraft.preprocess.shard import HOLDOUT, PART, TRAIN, TRAIN_ROWS, Part
 from regraft.preprocess.shards import Cache, Shard, code_digest, cut, put
+from regraft.preprocess.twins import drop_twins
 from regraft.preprocess.work import Workers
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 
 
 def preprocess(
-    params: PreprocessParams, *, base: Path, rows: Path, out: Path, cache: Path | None = None
+    params: PreprocessParams, *, base: Path, rows: Path, out: Path, cache: Path | None = None, root: Path | None = None
 ) -> PreprocessReport:
     """Split, render, tokenise and pack the rows that `validate` accepted.
 
@@ -52,6 +55,7 @@ def preprocess(
             `holdout-*.arrow`, `train_rows-*.parquet`, `report.json`, `manifest.json`; a file of each for each shard.
         cache: a folder where what shards became is kept, on the file system of `out`; with and without, the output has
             the same bytes. None keeps nothing.
+        root: the folder that the paths of `leaks.benchmarks` are relative to; the present one where it is not given.
 
     Raises:
         MissingInput, DamagedArtifact, PinMismatch: an input is not there or not as it was pinned.
@@ -74,13 +78,15 @@ def preprocess(
         store = Cache(cache)
         workers = stack.enter_context(Workers(params, opened, path, store))
         shards = list(cut(path))
-        table = _look(workers, shards, store, params)
+        table = _look(workers, shards, store, params, root or Path())
         workers.load_tokenizer()
         _check_context(workers.tokenizer, params, opened.name)
         chat = open_chat(workers.tokenizer)
         common = {
             "code": code_digest(),
-            "params": params.model_dump(exclude={"holdout", "leaks", "max_dropped_share"}),
+            "params": params.model_dump(
+                exclude={"holdout", "leaks", "max_dropped_share", "mix", "near_duplicates", "replay"}
+            ),
             "tokenizer": opened.report.tokenizer_digest,
             "template": template_digest(workers.tokenizer),
             "libraries": _versions(),
@@ -96,10 +102,11 @@ def preprocess(
             length = params.block_length or params.max_length
             blocks = sum(part.blocks for part in parts)
             sums = [part.sums for part in parts]
-            tokens = sum(each["tokens"] for each in sums)
+            tokens = sum(part.packed for part in parts)
             report = PreprocessReport(
                 counts=counts,
                 supervision=supervision(sums, _dropped_share(counts)),
+                benchmarks=table.benchmarks,
                 holdout_slices=_added([part.holdout_slices for part in parts]),
                 train_slices=_added([part.train_slices for part in parts]),
                 max_length=params.max_length,
@@ -139,6 +146,10 @@ class _Table:
     fates: "np.ndarray"
     entries: list[str]
     """The cache's names of what was found when each shard was looked at."""
+    benchmarks: dict[str, int]
+    """Rows that share a run with each benchmark."""
+    copies: "np.ndarray | None"
+    """How often each row is trained on; None: once."""
 
     def counts(self, parts: Sequence[Part]) -> Counts:
         of = Counter(self.fates.tolist())
@@ -154,14 +165,19 @@ class _Table:
             too_long=too_long,
             nothing_to_train=nothing + of[Fate.NOTHING_TO_TRAIN],
             aged=of[Fate.AGED],
+            decontaminated=of[Fate.DECONTAMINATED],
+            near_duplicates=of[Fate.NEAR_DUPLICATE],
+            sampled=of[Fate.SAMPLED],
+            repeated=sum(part.repeated for part in parts),
         )
 
 
-def _look(workers: Workers, shards: Sequence[Shard], store: Cache, params: PreprocessParams) -> _Table:
+def _look(workers: Workers, shards: Sequence[Shard], store: Cache, params: PreprocessParams, root: Path) -> _Table:
     """Look at every row; decide what becomes of each."""
     import numpy as np
 
-    common = {"code": code_digest(), "holdout": params.holdout.model_dump(), "leaks": params.leaks.model_dump()}
+    known = read_benchmarks(params.leaks.benchmarks, params.leaks.run or WORDS, root)
+    common = {"code": code_digest(), "holdout": params.holdout.model_dump(), "looked for": looked_for(params)}
     entries = [digest_json({**common, "rows": shard.digest}) for shard in shards]
     workers.look(shards, entries)
     kinds: dict[str, Any] = {"prefixes": np.uint64, "answers": np.uint64, "ids": np.uint64, "fates": np.int8}
@@ -182,10 +198,17 @@ def _look(workers: Workers, shards: Sequence[Shard], store: Cache, params: Prepr
     keys, answers, ids, fates = (np.concatenate(parts.pop(name)) for name in kinds)
     at = np.concatenate(times)
     decide(keys, answers, at, ids, fates)
-    keep_apart(params.leaks, [store.folder(entry) for entry in entries], fates)
+    folders = [store.folder(entry) for entry in entries]
+    keep_apart(params.leaks, folders, fates)
+    hits = decontaminate(known, folders, fates) if known else {}
+    if params.near_duplicates is not None:
+        drop_twins(params.near_duplicates, folders, fates, at, ids)
     if params.replay is not None:
         thin(fates, at, ids, params.replay)
-    return _Table(fates, entries)
+    copies = None
+    if params.mix:
+        copies = weigh(fates, ids, [load_near(folder)["origins"] for folder in folders], params.mix)
+    return _Table(fates, entries, hits, copies)
 
 
 def _prepare(
@@ -195,8 +218,9 @@ def _prepare(
     entries = []
     for shard in shards:
         fates = digest_json(table.fates[shard.first : shard.end].tolist())
-        entries.append(digest_json({**common, "rows": shard.digest, "fates": fates}))
-    workers.prepare(shards, entries, table.entries, table.fates)
+        more = {} if table.copies is None else {"copies": table.copies[shard.first : shard.end].tolist()}
+        entries.append(digest_json({**common, "rows": shard.digest, "fates": fates, **more}))
+    workers.prepare(shards, entries, table.entries, table.fates, table.copies)
     return [store.folder(entry) for entry in entries]
 
 

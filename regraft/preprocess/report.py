@@ -1,12 +1,16 @@
 """What `preprocess` counted and measured: evidence for the supervision gate, digests for lineage."""
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from regraft.report import Report
+from regraft.sparse import without_defaults
 
 
 class Counts(BaseModel):
-    """Where every accepted row went; `rows_in` is the sum of all others."""
+    """Where every accepted row went; `rows_in` is the sum of all others but `repeated`. The last four are left out at 0."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,10 +34,22 @@ class Counts(BaseModel):
     """Rows without an answer, or whose answer has no token."""
     aged: int = 0
     """Training rows left out for their age, by `preprocess.replay`."""
+    decontaminated: int = 0
+    """Training rows left out because they share a long run of words with a listed benchmark."""
+    near_duplicates: int = 0
+    """Training rows left out because an earlier one that stays is nearly the same."""
+    sampled: int = 0
+    """Training rows left out by the weight or cap of their source, by `preprocess.mix`."""
+    repeated: int = 0
+    """Further copies of training rows, by the weight of their source; not among the rows that came in."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_did_not_happen(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(handler(self), self, ("decontaminated", "near_duplicates", "sampled", "repeated"))
 
     @model_validator(mode="after")
     def _check_sum(self) -> "Counts":
-        parts = sum(getattr(self, name) for name in type(self).model_fields if name != "rows_in")
+        parts = sum(getattr(self, name) for name in type(self).model_fields if name not in ("rows_in", "repeated"))
         if parts != self.rows_in:
             raise ValueError(f"the counts add up to {parts}, but {self.rows_in} rows came in")
         return self
@@ -89,6 +105,8 @@ class PreprocessReport(Report):
 
     counts: Counts
     supervision: Supervision
+    benchmarks: dict[str, int] = Field(default_factory=dict)
+    """Training rows that share a run of words with each listed benchmark; left out where none is listed."""
     holdout_slices: dict[str, dict[str, int]]
     """Holdout rows by slice and value."""
     train_slices: dict[str, dict[str, int]]
@@ -119,3 +137,7 @@ class PreprocessReport(Report):
     """sha256 of `train-00000.arrow`."""
     holdout_digest: str
     """sha256 of `holdout-00000.arrow`."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(handler(self), self, ("benchmarks",))

@@ -3,14 +3,14 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from regraft.artifacts import write_json
-from regraft.chat import Chat, last_answer
+from regraft.chat import IGNORED, Chat, last_answer
 from regraft.errors import GateRefused
 from regraft.preprocess.audit import Audit
 from regraft.preprocess.columns import Encoder, ShortWayFailed, Talks, Tokens
@@ -47,6 +47,10 @@ class Part(BaseModel):
     holdout_slices: dict[str, dict[str, int]]
     blocks: int
     longest_block: int
+    packed: int
+    """Tokens of all blocks."""
+    repeated: int
+    """Copies of rows beyond the first."""
 
 
 class Preparer:
@@ -67,7 +71,15 @@ class Preparer:
             Fate.HOLDOUT: Encoder(*own, "last", self._params.max_length, short=self._short),
         }
 
-    def prepare(self, path: Path, shard: Shard, keys: "np.ndarray", fates: "np.ndarray", folder: Path) -> None:
+    def prepare(
+        self,
+        path: Path,
+        shard: Shard,
+        keys: "np.ndarray",
+        fates: "np.ndarray",
+        folder: Path,
+        copies: "np.ndarray | None" = None,
+    ) -> None:
         """Write a shard's training blocks, holdout rows, list of training rows and `part.json` into `folder`.
 
         Args:
@@ -76,20 +88,29 @@ class Preparer:
             keys: (rows, 32) bytes, for the order of training.
             fates: of its rows, as `decide` left them.
             folder: an empty folder.
+            copies: how often each of its rows is trained on; None: once.
 
         Raises:
             DataError: the template refuses a row.
             GateRefused: a row is too long, and that is to fail.
         """
         try:
-            self._prepare(path, shard, keys, fates, folder)
+            self._prepare(path, shard, keys, fates, folder, copies)
         except ShortWayFailed as error:
             log.warning("%s is not rendered as its template promised; all rows go through the template", error.message)
             self._short = False
             self._encoders = self._fresh()
-            self._prepare(path, shard, keys, fates, folder)
+            self._prepare(path, shard, keys, fates, folder, copies)
 
-    def _prepare(self, path: Path, shard: Shard, keys: "np.ndarray", fates: "np.ndarray", folder: Path) -> None:
+    def _prepare(
+        self,
+        path: Path,
+        shard: Shard,
+        keys: "np.ndarray",
+        fates: "np.ndarray",
+        folder: Path,
+        copies: "np.ndarray | None",
+    ) -> None:
         import numpy as np
 
         audit = Audit(self._chat, self._tokenizer)
@@ -112,7 +133,7 @@ class Preparer:
                 for place in into.places[before:]:
                     _count(slices[side], columns["slices"][place - first])
                 if side == Fate.HOLDOUT and into.places:
-                    held.append(_held(into, columns, first))
+                    held.append(_held(into, columns, first, self._written))
                 too_long += [
                     (columns["source"][place - first], columns["line"][place - first], tokens)
                     for place, tokens in into.too_long
@@ -127,7 +148,7 @@ class Preparer:
                 f"{source} line {line} has {tokens} tokens, more than preprocess.max_length {self._params.max_length}",
                 fix="raise preprocess.max_length, shorten the row, or set preprocess.too_long to `drop`",
             )
-        packed = self._write_train(train, names, keys, folder)
+        packed, repeated = self._write_train(train, names, keys, folder, copies)
         write_holdout(folder / HOLDOUT, held)
         part = Part(
             too_long=sorted(too_long),
@@ -139,11 +160,21 @@ class Preparer:
             holdout_slices=_sorted(slices[Fate.HOLDOUT]),
             blocks=len(packed),
             longest_block=max(packed, default=0),
+            packed=sum(packed),
+            repeated=repeated,
         )
         write_json(folder / PART, part.model_dump())
 
-    def _write_train(self, train: Tokens, names: "_Names", keys: "np.ndarray", folder: Path) -> list[int]:
-        """Write the training side in the order of the keys; return the tokens of each block."""
+    def _written(self, ids: "np.ndarray") -> str:
+        """Return what a model writes in a turn that calls tools, as `evaluate` reads what a model wrote."""
+        own = ids[:-1] if len(ids) and int(ids[-1]) in self._chat.stop_ids else ids
+        text: str = self._tokenizer.decode(own.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _write_train(
+        self, train: Tokens, names: "_Names", keys: "np.ndarray", folder: Path, copies: "np.ndarray | None"
+    ) -> tuple[list[int], int]:
+        """Write the training side in the order of the keys; return the tokens of each block, and copies beyond the first."""
         import numpy as np
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -153,12 +184,13 @@ class Preparer:
         ids = np.array([names.row_ids[place] for place in places], "S32")
         own = keys[places].copy().view(">u8").reshape(len(places), 4)
         order = np.lexsort((ids, *(own[:, i] for i in (3, 2, 1, 0))))
-        lengths = documents.lengths[order]
+        each = order if copies is None else np.repeat(order, copies[places[order]])
+        lengths = documents.lengths[each]
         if self._params.packing:
             plan = plan_blocks(lengths.tolist(), self._params.block_length or self._params.max_length)
         else:
             plan = [[i] for i in range(len(lengths))]
-        blocks: list[Any] = [order[members] for members in plan]
+        blocks: list[Any] = [each[members] for members in plan]
         write_stream(folder / TRAIN, block_schema(), pack_blocks(documents, blocks))
 
         trained = np.concatenate([*train.trained, np.empty(0, np.int32)])
@@ -166,13 +198,13 @@ class Preparer:
         columns = {
             "row_id": pa.array(ids[order].astype("U32")),
             "key": pa.array([keys[place].tobytes().hex() for place in where], pa.string()),
-            "tokens": pa.array(lengths, pa.int32()),
+            "tokens": pa.array(documents.lengths[order], pa.int32()),
             "trained_tokens": pa.array(trained[order], pa.int32()),
             "source": pa.array([names.sources[place] for place in where], pa.string()),
             "line": pa.array([names.lines[place] for place in where], pa.int64()),
         }
         pq.write_table(pa.table(columns), folder / TRAIN_ROWS)
-        return [int(lengths[members].sum()) for members in plan]
+        return [int(lengths[members].sum()) for members in plan], len(each) - len(order)
 
 
 class _Names:
@@ -189,8 +221,10 @@ class _Names:
         self.lines += columns["line"]
 
 
-def _held(made: Tokens, columns: Mapping[str, list[Any]], first: int) -> "pa.RecordBatch":
-    """Return holdout rows."""
+def _held(
+    made: Tokens, columns: Mapping[str, list[Any]], first: int, written: Callable[["np.ndarray"], str]
+) -> "pa.RecordBatch":
+    """Return holdout rows; an answer that calls tools is what the template writes for it."""
     import numpy as np
     import pyarrow as pa
 
@@ -203,6 +237,12 @@ def _held(made: Tokens, columns: Mapping[str, list[Any]], first: int) -> "pa.Rec
         [ids[end - size : end - size + cut] for end, size, cut in zip(ends, lengths, prompts, strict=True)]
     )
     schema = holdout_schema()
+    answers = []
+    for i, end, size in zip(places, ends, lengths, strict=True):
+        last = columns["messages"][i][answered[i]]
+        own = slice(end - size, end)
+        learned = ids[own][labels[own] != IGNORED]
+        answers.append(written(learned) if last.get("tool_calls") else last["content"])
 
     def lists(flat: "np.ndarray", sizes: "np.ndarray") -> Any:
         offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
@@ -215,7 +255,7 @@ def _held(made: Tokens, columns: Mapping[str, list[Any]], first: int) -> "pa.Rec
             pa.array(
                 [json.dumps(columns["messages"][i][: answered[i]], ensure_ascii=False) for i in places], pa.string()
             ),
-            pa.array([columns["messages"][i][answered[i]]["content"] for i in places], pa.string()),
+            pa.array(answers, pa.string()),
             lists(heads, prompts),
             lists(ids, lengths),
             lists(labels, lengths),

@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 from regraft.chat import Chat, Supervise, last_answer
 from regraft.errors import DataError
+from regraft.messages import TEXT, is_text, words
+from regraft.validate.forgotten import FORGET, load
 from regraft.validate.layouts import detect
-from regraft.validate.mapping import Mapping, Row, check_columns
+from regraft.validate.mapping import Row
 from regraft.validate.measures import measure
 from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
 from regraft.validate.source import Opened, find_files, read_rows
+from regraft.validate.sources import mappings
 
 Learned = Supervise | Literal["all"]
 
@@ -55,21 +58,26 @@ def show_rows(
     """
     files, _ = find_files(data.raw, root)
     longest = 65_536 + 6 * params.max_bytes
-    check_columns(data, files, longest)
-    mapping = Mapping(data, params)
+    read_as = mappings(data, params, files, root, longest)
+    forgotten = load(root / FORGET, data.forget)
     found = []
     for file in files:
         batch = list(islice(read_rows(file, longest, Opened()), count))
+        mapping = read_as[file.name]
         rows, measured = measure(batch, mapping)
         for i, (raw, row) in enumerate(zip(batch, rows, strict=True)):
             reasons = [
                 each.value for each in Reason if each.value in measured.column_names and measured[each.value][i].as_py()
             ]
-            layout = data.layout
+            if forgotten is not None and row is not None and forgotten.holds(row.messages, row.id):
+                found.append(Shown(f"{file.name}:{raw.line}", mapping.data.layout, ["forgotten"]))
+                continue
+            layout = mapping.data.layout
             if layout == "auto" and raw.record is not None and (told := detect(raw.record, raw.record)) is not None:
                 layout = told[0]
             place = f"{file.name}:{raw.line}"
-            found.append(_shown(place, layout, reasons, row, chat, supervise))
+            named = f"{layout} (source {mapping.source})" if mapping.source is not None else layout
+            found.append(_shown(place, named, reasons, row, chat, supervise))
     return found
 
 
@@ -78,15 +86,18 @@ def _shown(
 ) -> Shown:
     if row is None:
         return Shown(place, layout, reasons)
-    messages = [{**each, "content": mask(each["content"].encode(errors="replace").decode())} for each in row.messages]
-    plain = [(f"{each['role']}: {each['content']}\n", each["role"] == "assistant") for each in messages]
-    if chat is None or last_answer(messages) is None:
+    messages = [
+        {name: mask(text.encode(errors="replace").decode()) for name, text in each.items()} for each in row.messages
+    ]
+    plain = [(f"{each['role']}: {words(each)}\n", each["role"] in ("assistant", TEXT)) for each in messages]
+    if chat is None or (last_answer(messages) is None and not is_text(messages)):
         return Shown(place, layout, reasons, plain)
     try:
         rendered = chat.encode([messages], "assistant" if supervise == "all" else supervise, [place])[0]
     except DataError as error:
         return Shown(place, layout, reasons, plain, problem=error.message)
-    learned_spans = [(1, rendered.answers[-1][1])] if supervise == "all" else rendered.answers
+    all_of_it = supervise == "all" or is_text(messages)
+    learned_spans = [(1, rendered.answers[-1][1])] if all_of_it else rendered.answers
     cuts = [0, *(at for span in learned_spans for at in span), len(rendered.input_ids)]
     texts = chat.sealed.decode([rendered.input_ids[low:high] for low, high in pairwise(cuts)])
     pieces = [(chat.sealed.unseal(text), i % 2 == 1) for i, text in enumerate(texts) if text]

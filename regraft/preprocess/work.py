@@ -74,25 +74,37 @@ class Workers:
         self._end()  # the next ones are to have the tokenizer
 
     def prepare(
-        self, shards: Sequence[Shard], entries: Sequence[str], keys: Sequence[str], fates: "np.ndarray"
+        self,
+        shards: Sequence[Shard],
+        entries: Sequence[str],
+        keys: Sequence[str],
+        fates: "np.ndarray",
+        copies: "np.ndarray | None" = None,
     ) -> None:
-        """Make the prepared entries that are not there."""
+        """Make the prepared entries that are not there; `copies` says how often each row is trained on, None once."""
         missing = self._missing(shards, entries)
         self.made = len(missing)
         if not missing:
             return
         self.load_tokenizer()
         tasks = [
-            (shards[i], keys[i], fates[shards[i].first : shards[i].end], entries[i])
+            (
+                shards[i],
+                keys[i],
+                fates[shards[i].first : shards[i].end],
+                None if copies is None else copies[shards[i].first : shards[i].end],
+                entries[i],
+            )
             for i in sorted(missing, key=lambda i: -shards[i].rows)  # the longest first: all cores end together
         ]
         if sum(shards[i].rows for i in missing) <= _LITTLE or len(missing) == 1:
             preparer = Preparer(open_chat(self.tokenizer), self.tokenizer, self._params)
-            for shard, key, some, entry in tasks:
-                _prepare(preparer, self._path, shard, self._store, key, some, entry)
+            for shard, key, some, often, entry in tasks:
+                _prepare(preparer, self._path, shard, self._store, key, some, often, entry)
             return
         pool = self._start()
-        self._gather([pool.submit(_prepare_there, self._path, s, self._store, k, f, e) for s, k, f, e in tasks], "made")
+        futures = [pool.submit(_prepare_there, self._path, s, self._store, k, f, c, e) for s, k, f, c, e in tasks]
+        self._gather(futures, "made")
 
     def _missing(self, shards: Sequence[Shard], entries: Sequence[str]) -> list[int]:
         """Return which entries are not there whole; hashing leaves the interpreter's lock."""
@@ -155,14 +167,29 @@ def _look(path: Path, shard: Shard, params: PreprocessParams, store: Cache, entr
 
 
 def _prepare(
-    preparer: Preparer, path: Path, shard: Shard, store: Cache, keys: str, fates: "np.ndarray", entry: str
+    preparer: Preparer,
+    path: Path,
+    shard: Shard,
+    store: Cache,
+    keys: str,
+    fates: "np.ndarray",
+    copies: "np.ndarray | None",
+    entry: str,
 ) -> None:
     chosen = fates.copy()
     with store.make(entry) as folder:
-        preparer.prepare(path, shard, load_keys(store.folder(keys)).keys, chosen, folder)
+        preparer.prepare(path, shard, load_keys(store.folder(keys)).keys, chosen, folder, copies)
 
 
-def _prepare_there(path: Path, shard: Shard, store: Cache, keys: str, fates: "np.ndarray", entry: str) -> None:
+def _prepare_there(
+    path: Path,
+    shard: Shard,
+    store: Cache,
+    keys: str,
+    fates: "np.ndarray",
+    copies: "np.ndarray | None",
+    entry: str,
+) -> None:
     """Prepare a shard in a process of the pool."""
     if "preparer" not in _inherited:
         if _inherited.get("tokenizer") is None:
@@ -171,4 +198,4 @@ def _prepare_there(path: Path, shard: Shard, store: Cache, keys: str, fates: "np
             _inherited["tokenizer"] = load.load_tokenizer(_inherited["base"])
         tokenizer = _inherited["tokenizer"]
         _inherited["preparer"] = Preparer(open_chat(tokenizer), tokenizer, _inherited["params"])
-    _prepare(_inherited["preparer"], path, shard, store, keys, fates, entry)
+    _prepare(_inherited["preparer"], path, shard, store, keys, fates, copies, entry)

@@ -27,7 +27,16 @@ from regraft.register.evidence import NO_CHAMPION, RUN
 from regraft.register.fetch import files_of, read_verdict
 from regraft.register.params import RegisterParams
 from regraft.register.service import Answer, Service
-from regraft.register.version import CHALLENGER, CHAMPION, Entry, Version, champions, shorten, was_champion
+from regraft.register.version import (
+    CHALLENGER,
+    CHAMPION,
+    FORGET_TAG,
+    Entry,
+    Version,
+    champions,
+    shorten,
+    was_champion,
+)
 from regraft.snapshot import git_user
 
 _ENTRY = "regraft.entry"
@@ -84,6 +93,7 @@ def promote(
         if state.champion is not None and state.champion.number == version.number:
             return _nothing_to_do(state, version, finished)
         _agrees(state)
+        _remembers_nothing(version)
         verdict = _allowed(version, state.champion)
         with files_of(version):
             pass  # every byte was hashed
@@ -136,6 +146,7 @@ def rollback(
                 f"{version.label()} never was the champion: there is nothing to go back to",
                 fix=f"`regraft promote {version.number}` makes it the champion if its verdict allows it",
             )
+        _remembers_nothing(version)
         with files_of(version):
             pass  # every byte was hashed
         return _change(
@@ -239,6 +250,15 @@ def _agrees(state: _State) -> None:
         raise GateRefused(
             f"the alias `champion` is on version {found or 'none'}, the ledger says {expected}: it was moved by hand",
             fix=f"`regraft rollback --to {expected}` takes it back",
+        )
+
+
+def _remembers_nothing(version: Version) -> None:
+    """Refuse a version that was trained on rows which are to be forgotten."""
+    if FORGET_TAG in version.tags:
+        raise GateRefused(
+            f"{version.label()} was trained on rows that are to be forgotten ({FORGET_TAG}: {version.tags[FORGET_TAG]})",
+            fix="`regraft retrain` makes a version without them",
         )
 
 

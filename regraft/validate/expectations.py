@@ -5,6 +5,7 @@ Each is an aggregate over one of two frames of measured columns:
     rows    one line for each row read: 0/1 columns `accepted`, `quarantined`, `duplicate` and one for each reason that
             has an expectation; for each slice that has one, `<slice>` (its value) and `rows of <slice>` (accepted rows of
             that value), both empty for a row that was not accepted
+            For each source that has one, 0/1 `from <source>`, empty for a row that was not accepted; 0/1 `foreign`.
     files   one line for each file: 0/1 column `unreadable`
 """
 
@@ -15,7 +16,7 @@ from typing import Literal
 
 from regraft.validate.params import AtMost, Expectations, Level, Reason
 
-Check = Literal["sum at least", "sum at most", "mean at most", "minimum at least", "contains"]
+Check = Literal["sum at least", "sum at most", "mean at least", "mean at most", "minimum at least", "contains"]
 
 
 @dataclass
@@ -27,6 +28,10 @@ class Counts:
     duplicates: int = 0
     reasons: Counter[Reason] = field(default_factory=Counter)
     slices: dict[str, Counter[str]] = field(default_factory=dict)
+    foreign: int | None = None
+    """Rows with too many letters of other scripts; None where that is not looked at."""
+    forgotten: int = 0
+    """Rows left out because they are on the list of what is forgotten; not among `rows_in`."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Files that cannot be read, with the reason."""
 
@@ -114,6 +119,12 @@ def expected(params: Expectations, counts: Counts) -> list[Expected]:
             if reason in params.reasons
         ),
         *(each for name in sorted(params.slices) for each in _of_slice(name, params, counts.slices.get(name, {}))),
+        *(each for name in sorted(params.sources) for each in _of_source(name, params, counts)),
+        *(
+            []
+            if counts.foreign is None
+            else [share("scripts", params.scripts, "foreign", counts.foreign, "share of rows in other scripts")]
+        ),
     ]
 
 
@@ -152,6 +163,22 @@ def _of_slice(name: str, params: Expectations, counted: Mapping[str, int]) -> li
             )
         )
     return found
+
+
+def _of_source(name: str, params: Expectations, counts: Counts) -> list[Expected]:
+    limit = params.sources[name]
+    rows = counts.slices.get("source", Counter())[name]
+    measured = rows / counts.accepted if counts.accepted else 0.0
+    column, what = f"from {name}", f"share of accepted rows from {name}"
+    bounds: list[tuple[str, Check, float]] = []
+    if limit.minimum > 0:
+        bounds.append(("minimum", "mean at least", limit.minimum))
+    if limit.maximum < 1:
+        bounds.append(("maximum", "mean at most", limit.maximum))
+    return [
+        Expected(f"sources.{name}.{bound}", limit.level, "rows", check, column, threshold, measured, rows, what)
+        for bound, check, threshold in bounds
+    ]
 
 
 def _listed(values: list[str]) -> str:

@@ -4,6 +4,8 @@ messages           {column}: [{role, content}, ...]
 sharegpt           {column}: [{from, value}, ...]            human, gpt, system, user, assistant
 alpaca             instruction, output; perhaps input, system
 prompt_completion  prompt, completion: two texts, or two lists of {role, content}
+text               {column}: a text; one message of the role `text`. Never told by its columns: a column of that name is
+                   more often half of a question and its answer
 auto               each row by its own columns, in this order: a list in `messages` or in `conversations`, then
                    `instruction` with `output`, then `prompt` with `completion`
 """
@@ -11,7 +13,9 @@ auto               each row by its own columns, in this order: a list in `messag
 from collections.abc import Collection
 from typing import Any, Literal
 
-Named = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
+from regraft.messages import TEXT
+
+Named = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _COLUMNS: dict[Named, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
@@ -59,6 +63,9 @@ def conversation(record: dict[str, Any], layout: Named, column: str) -> list[dic
             return _alpaca(record)
         case "prompt_completion":
             return _prompt_completion(record)
+        case "text":
+            text = record.get(column)
+            return [{"role": TEXT, "content": text}] if isinstance(text, str) else None
 
 
 def _turns(value: Any) -> list[dict[str, str]] | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from regraft.artifacts import canonical_json
 from regraft.errors import DataError, ParamsError
+from regraft.messages import leaves
+from regraft.validate import tools
 from regraft.validate.layouts import KNOWN, columns_of_layout, conversation, detect
 from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
@@ -44,15 +46,24 @@ class Row:
     @property
     def text(self) -> str:
         """Everything that a model or a report would get to see, in one text."""
-        return "\n".join((*(each["content"] for each in self.messages), *self.slices.values()))
+        said = [each["content"] for each in self.messages]
+        for each in self.messages:
+            if len(each) > 2:
+                said += [each[name] for name in ("tool_call_id", "name") if name in each]
+                said += [
+                    leaf for name in ("tool_calls", "tools") if name in each for leaf in leaves(json.loads(each[name]))
+                ]
+        return "\n".join((*said, *self.slices.values()))
 
 
 class Mapping:
     """The columns and templates of section `data`, parsed once."""
 
-    def __init__(self, data: DataParams, params: ValidateParams) -> None:
+    def __init__(self, data: DataParams, params: ValidateParams, source: str | None = None) -> None:
         self.data = data
         self.params = params
+        self.source = source
+        """The source that the rows are of; None where there are none."""
         self._prompt, self._answer, self._system = (
             parse(template) if template else None for template in (data.prompt, data.answer, data.system)
         )
@@ -62,15 +73,21 @@ class Mapping:
 
     def row(self, record: dict[str, Any]) -> Row | None:
         """Return the row that a record makes, or `None` where a column is missing or holds something else."""
-        messages = self._messages(record)
+        try:
+            messages, wrong = self._messages(record), False
+        except tools.WrongTools:
+            messages, wrong = conversation(self._without_tools(record), "messages", self.data.turns), True
         if messages is None:
             return None
         slices = {name: text for name, pieces in self._slices if (text := fill(pieces, record))}
+        if self.source is not None:
+            slices["source"] = self.source
         identity = as_text(record.get(self.data.id)) if self.data.id else ""
-        row = Row(messages, slices, None, identity or None)
+        row = Row(messages, slices, None, identity or None, {Reason.WRONG_TOOLS} if wrong else set())
         self._judge_time(row, record)
         self._judge_turns(row)
-        if not row.reasons & {Reason.WRONG_ROLES, Reason.MISSING_ANSWER}:
+        answered = self.data.layout != "text" and not row.messages[-1].get("tool_calls")
+        if answered and not row.reasons & {Reason.WRONG_ROLES, Reason.MISSING_ANSWER}:
             self._judge_answer(row, messages[-1]["content"])
         try:
             row.size = len(row.text.encode()) + len(identity.encode())
@@ -82,6 +99,8 @@ class Mapping:
         if self.data.layout == "auto":
             found = detect(record, record)
             return None if found is None else conversation(record, *found)
+        if self.data.tools is not None:
+            return tools.conversation(record.get(self.data.turns), record.get(self.data.tools))
         if self.data.layout != "prompt_answer":
             return conversation(record, self.data.layout, self.data.turns)
         assert self._prompt is not None
@@ -91,6 +110,14 @@ class Mapping:
             texts = {"system": fill(self._system, record), **texts}
         messages = [{"role": role, "content": text} for role, text in texts.items() if text is not None]
         return messages if len(messages) == len(texts) else None
+
+    def _without_tools(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the words of a row whose tools are wrong, so that it is seen what else is in it."""
+        turns = record.get(self.data.turns)
+        if not isinstance(turns, list) or not all(isinstance(each, dict) for each in turns):
+            return {}
+        said = [{"role": each.get("role"), "content": each.get("content") or ""} for each in turns]
+        return {self.data.turns: said}
 
     def _judge_time(self, row: Row, record: dict[str, Any]) -> None:
         found = record.get(self.data.time) if self.data.time else None
@@ -106,6 +133,13 @@ class Mapping:
         row.at = time.date().isoformat() if len(found) <= len("2026-09-01") else time.isoformat()
 
     def _judge_turns(self, row: Row) -> None:
+        if self.data.layout == "text":
+            if not row.messages[0]["content"].strip(_INVISIBLE):
+                row.reasons.add(Reason.EMPTY_TEXT)
+            return
+        if self.data.tools is not None:
+            self._judge_tools(row)
+            return
         roles = [message["role"] for message in row.messages]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         if any(role != _ROLES[place % 2] for place, role in enumerate(turns)):
@@ -114,6 +148,19 @@ class Mapping:
             row.reasons.add(Reason.MISSING_ANSWER)
         if any(not message["content"].strip(_INVISIBLE) for message in row.messages):
             row.reasons.add(Reason.EMPTY_TEXT)
+
+    def _judge_tools(self, row: Row) -> None:
+        if Reason.WRONG_TOOLS in row.reasons:
+            return  # without its calls nothing can be said of the roles
+        if not tools.turns_fit(row.messages):
+            row.reasons.add(Reason.WRONG_ROLES)
+        elif row.messages[-1]["role"] != "assistant":
+            row.reasons.add(Reason.MISSING_ANSWER)
+        if not tools.calls_fit(row.messages):
+            row.reasons.add(Reason.WRONG_TOOLS)
+        for each in row.messages:  # a call needs no words, and a tool may find nothing
+            if not (each["content"].strip(_INVISIBLE) or each.get("tool_calls") or each["role"] == "tool"):
+                row.reasons.add(Reason.EMPTY_TEXT)
 
     def _judge_answer(self, row: Row, answer: str) -> None:
         value: Any = answer
@@ -160,6 +207,11 @@ def check_columns(data: DataParams, files: Iterable[DataFile], longest: int) -> 
             f"data.layout is `auto`, but {', '.join(strange[:5])} has no known layout: expected {KNOWN}\n  "
             f"columns found: {_listed(known)}",
             fix="set data.layout to `prompt_answer` with templates over these columns, or name the column at data.messages",
+        )
+    if data.tools is not None and seen and all(data.tools not in found for found in seen.values()):
+        raise ParamsError(
+            f"data.tools names the column `{data.tools}`, which is in no file\n  columns found: {_listed(known)}",
+            fix="edit section `data` of params.yaml",
         )
     nowhere, elsewhere = [], []
     for column, where in wanted.items():

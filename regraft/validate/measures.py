@@ -16,6 +16,8 @@ from regraft.validate.params import Reason, ValidateParams
 from regraft.validate.source import RawRow
 
 _TEXT = {"control_characters": patterns.CONTROL, "bidi_characters": patterns.BIDI, "mojibake": patterns.MOJIBAKE}
+FOREIGN = "foreign"
+"""The column of rows in other scripts than those allowed; not a reason by itself."""
 
 
 def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None], pa.Table]:
@@ -42,6 +44,11 @@ def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None]
     columns[Reason.OVER_LONG] = pc.or_(
         columns[Reason.OVER_LONG], pc.greater(sizes, pa.scalar(mapping.params.max_bytes))
     )
+    if mapping.params.scripts is not None:
+        foreign = patterns.foreign(texts, mapping.params.scripts.allowed, mapping.params.scripts.letters)
+        columns[FOREIGN] = foreign
+        if mapping.params.scripts.quarantine:
+            columns[Reason.FOREIGN_SCRIPT] = foreign
     return rows, pa.table(columns)
 
 

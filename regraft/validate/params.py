@@ -2,9 +2,9 @@
 
 from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from regraft.params import Section
 from regraft.validate.template import columns
@@ -37,6 +37,8 @@ class Reason(StrEnum):
     UNKNOWN_LABEL = "unknown_label"
     WRONG_TIME = "wrong_time"
     DUPLICATE = "duplicate"
+    WRONG_TOOLS = "wrong_tools"
+    FOREIGN_SCRIPT = "foreign_script"
 
 
 def _checked(template: str) -> str:
@@ -54,6 +56,52 @@ def _named(slices: object) -> object:
 
 Template = Annotated[str, AfterValidator(_checked)]
 Slices = Annotated[dict[str, Template], BeforeValidator(_named)]
+Layout = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "auto", "prompt_answer", "text"]
+OTHER = "other"
+"""What rows of files that are in no source are called."""
+_SHAPE = ("messages", "prompt", "answer", "system", "tools")
+
+
+class SourceParams(Section):
+    """Files that are read in their own way, and whose rows are told apart by the slice `source`.
+
+    What is left out is as section `data` has it; with a `layout` of its own, so is no column of a conversation.
+    """
+
+    path: list[str] = Field(min_length=1)
+    """Files, folders and globs, relative to the clone, all of them among those of `data.raw`; a file is in one source."""
+
+    layout: Layout | None = None
+    """As `data.layout`."""
+
+    messages: str | None = None
+    """As `data.messages`."""
+
+    prompt: Template | None = None
+    """As `data.prompt`."""
+
+    answer: Template | None = None
+    """As `data.answer`."""
+
+    system: str | None = None
+    """As `data.system`."""
+
+    tools: str | None = None
+    """As `data.tools`."""
+
+    id: str | None = None
+    """As `data.id`; null where the source has none."""
+
+    time: str | None = None
+    """As `data.time`; null where the source has none."""
+
+    slices: Slices = Field(default_factory=dict)
+    """As `data.slices`, in their place."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, path: object) -> object:
+        return [path] if isinstance(path, str) else path
 
 
 class DataParams(Section):
@@ -65,14 +113,15 @@ class DataParams(Section):
     .tsv (tabs), all UTF-8 and as they are or as .gz or .zst; .parquet and .arrow. In a folder, names with a leading dot, .md, .dvc and files without a suffix are left out;
     any other file that cannot be read counts against `expectations.files`."""
 
-    layout: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "auto", "prompt_answer"] = "messages"
+    layout: Layout = "messages"
     """How a row holds a conversation; see `layouts.py`. `messages`: a column with a list of {role, content}. `sharegpt`: one
     with a list of {from, value}. `alpaca`: `instruction`, `input`, `output`. `prompt_completion`: `prompt`, `completion`.
-    `auto`: whichever of these each row's columns show. `prompt_answer`: templates build one question and its answer."""
+    `auto`: whichever of these each row's columns show. `prompt_answer`: templates build one question and its answer. `text`:
+    a column of plain text, all of whose tokens are learned; such rows are never held out, since no answer is in them."""
 
     messages: str | None = None
     """The conversation's column, for layouts messages and sharegpt: roles system (only first), then user and assistant in
-    turn. Null: `messages`, with sharegpt `conversations`."""
+    turn. Null: `messages`, with sharegpt `conversations`. With `text`: the text's column; null: `text`."""
 
     prompt: Template | None = None
     """The user's message as a template over columns, such as "{text}", for layout `prompt_answer`."""
@@ -82,6 +131,17 @@ class DataParams(Section):
 
     system: str | None = None
     """A system message put first, for layout `prompt_answer`: a fixed text, or a template over columns."""
+
+    tools: str | None = None
+    """For layout `messages`: the column with the tools that a conversation may call, in OpenAI's form (a list, or one as JSON
+    text); a row may lack it. With it, messages may have `tool_calls` and the role `tool`. Null: such rows are quarantined."""
+
+    sources: dict[str, SourceParams] = Field(default_factory=dict)
+    """Files with columns of their own, by name. The name becomes the slice `source` of each of their rows (`other` for
+    files in none), by which shares are expected (`validate.expectations.sources`) and weighed (`preprocess.mix`)."""
+
+    forget: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """sha256 of `data/forget.jsonl`: what is never trained on again, as salted hashes. `regraft data forget` writes both."""
 
     id: str | None = None
     """The column with a row's own name, kept so that a row can be found again; it decides nothing."""
@@ -96,7 +156,20 @@ class DataParams(Section):
     @property
     def turns(self) -> str:
         """The column with the list of turns."""
-        return self.messages or ("conversations" if self.layout == "sharegpt" else "messages")
+        return self.messages or {"sharegpt": "conversations", "text": "text"}.get(self.layout, "messages")
+
+    def of_source(self, name: str) -> "DataParams":
+        """Return the section as a source's files are read: its own values before the common ones."""
+        own = self.sources[name].model_dump(exclude={"path"}, exclude_unset=True)
+        shape = _SHAPE if own.get("layout") is not None else ()
+        if own.get("layout", "") is None:
+            del own["layout"]
+        return DataParams.model_validate({**self.model_dump(exclude={"sources", *shape}), **own})
+
+    def slice_names(self) -> set[str]:
+        """Return the names of all slices that rows may have."""
+        names = set(self.slices).union(*(each.slices for each in self.sources.values()))
+        return names | {"source"} if self.sources else names
 
     @model_validator(mode="after")
     def _layout_has_its_columns(self) -> Self:
@@ -106,6 +179,22 @@ class DataParams(Section):
             raise ValueError("layout: prompt_answer with the templates `prompt`, `answer` and `system`")
         if self.system is not None:
             columns(self.system)
+        if self.tools is not None and self.layout != "messages":
+            raise ValueError("layout: messages with `tools`")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_whole(self) -> Self:
+        for name in self.sources:
+            if name == OTHER or not name.strip():
+                raise ValueError(f"a source's name other than {name!r}")
+            try:
+                read = self.of_source(name)
+            except ValidationError as error:
+                first: Any = error.errors(include_url=False)[0]
+                raise ValueError(f"in source `{name}`: {first['msg'].removeprefix('Value error, ')}") from error
+            if "source" in {*self.slices, *read.slices}:
+                raise ValueError("no slice called `source` beside `sources`, which make one")
         return self
 
 
@@ -123,6 +212,13 @@ class ClonedDataParams(DataParams):
                     f"be trained (`{entry}`); put the files, or a link to each file, into data/raw"
                 )
         return raw
+
+    @field_validator("sources")
+    @classmethod
+    def _sources_are_watched(cls, sources: dict[str, SourceParams]) -> dict[str, SourceParams]:
+        for source in sources.values():
+            cls._is_watched(source.path)
+        return sources
 
 
 class Labels(Section):
@@ -178,6 +274,19 @@ class SliceAtLeast(Section):
     """Values that must occur; null: no value must."""
 
 
+class SourceShare(Section):
+    """The share of the accepted rows that come from a source."""
+
+    level: Level = "warn"
+    """What happens when it is another."""
+
+    minimum: float = Field(default=0.0, ge=0, le=1)
+    """Share of the accepted rows, at least; 0 to 1."""
+
+    maximum: float = Field(default=1.0, ge=0, le=1)
+    """Share of the accepted rows, at most; 0 to 1."""
+
+
 class Expectations(Section):
     """What the whole set of rows must fulfil, each with a level and a threshold."""
 
@@ -198,6 +307,26 @@ class Expectations(Section):
 
     slices: dict[str, SliceAtLeast] = Field(default_factory=dict)
     """Rows of a slice's values, by the slice's name in `data.slices`."""
+
+    sources: dict[str, SourceShare] = Field(default_factory=dict)
+    """Share of the accepted rows that come from a source, by its name in `data.sources` (`other` for files in none)."""
+
+    scripts: AtMost = AtMost(level="warn", share=0.0)
+    """Rows with too many letters of other scripts than `validate.scripts` allows; looked at only with it."""
+
+
+class Scripts(Section):
+    """Which writing systems rows are in."""
+
+    allowed: list[Annotated[str, Field(pattern=r"^[A-Z][A-Za-z_]{2,30}$")]] = Field(min_length=1)
+    """Unicode scripts by their names in RE2, such as Latin, Han, Hangul, Hiragana, Katakana, Cyrillic, Arabic, Devanagari.
+    Letters that Unicode counts to no one script are always allowed."""
+
+    letters: float = Field(default=0.2, ge=0, lt=1)
+    """Share of a row's letters that may be of another script; 0 to below 1. Names and quotations need some."""
+
+    quarantine: bool = False
+    """Whether a row with more is quarantined as `foreign_script`; if not, it is only counted for `expectations.scripts`."""
 
 
 class ValidateParams(Section):
@@ -224,6 +353,9 @@ class ValidateParams(Section):
     )
     """What must not be learnt: e-mail addresses, card numbers (by issuer, length and Luhn digit), bank account numbers
     (by country, length and check digits), telephone numbers in international form, API keys and private keys. All kinds are masked in quarantine.parquet, whether or not they are listed here."""
+
+    scripts: Scripts | None = None
+    """Which scripts rows are written in; null: any."""
 
     duplicates: Literal["keep", "quarantine"] = "keep"
     """What happens to a row whose messages occurred before: `keep` counts it and lets `preprocess` drop it."""

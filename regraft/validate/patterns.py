@@ -5,7 +5,10 @@ both detect and mask, so that what is found is what is masked; Arrow only picks 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from regraft.errors import ParamsError
 
 CONTROL = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x7F\x{80}-\x{9F}]"
 """C0 and C1 controls and DEL, without tab, line feed and carriage return (RE2)."""
@@ -32,6 +35,33 @@ MOJIBAKE = "|".join(
     )
 )
 """UTF-8 that was decoded as Windows-1252 or Latin-1, and the replacement character (RE2)."""
+
+
+def foreign(texts: Any, allowed: Sequence[str], letters: float) -> Any:
+    """Say of each text whether more than a share of its letters is of other scripts; False where there is no text.
+
+    Args:
+        texts: an Arrow array of strings.
+        allowed: names of Unicode scripts as RE2 has them.
+        letters: the share, 0 to 1.
+
+    Raises:
+        ParamsError: there is no such script.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    others = r"[^\P{L}\p{Common}\p{Inherited}" + "".join(rf"\p{{{script}}}" for script in allowed) + "]"
+    try:
+        strange: Any = pc.count_substring_regex(texts, others)
+    except pa.ArrowInvalid as error:
+        raise ParamsError(
+            f"validate.scripts.allowed has a name that is no Unicode script: {', '.join(allowed)}",
+            fix="use names such as Latin, Han, Hangul, Hiragana, Katakana, Cyrillic, Greek, Arabic, Hebrew, Devanagari",
+        ) from error
+    all_: Any = pc.count_substring_regex(texts, r"\pL")
+    return pc.fill_null(pc.greater(strange, pc.multiply(pc.cast(all_, pa.float64()), letters)), False)
+
 
 EMAIL_HINT = r"\S@\S+\.\S"
 CARD_HINT = r"[0-9](?:[ .\x{A0}\x{202F}-]?[0-9]){12}"

@@ -13,6 +13,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from regraft.messages import EXTRAS
 from regraft.validate.mapping import Row
 from regraft.validate.params import Reason
 from regraft.validate.patterns import mask
@@ -37,6 +38,9 @@ _QUARANTINE: dict[str, Any] = {
     "reasons": pa.list_(pa.string()),
 }
 ROWS = pa.schema(_ROWS)
+"""Columns of rows.parquet."""
+TOOL_ROWS = pa.schema(_ROWS | {"messages": pa.list_(pa.struct(_MESSAGE | dict.fromkeys(EXTRAS, pa.string())))})
+"""The same where a row may call tools; see `regraft.messages`."""
 QUARANTINE = pa.schema(_QUARANTINE)
 _GROUP = 10_000  # rows of a row group
 _SHOWN = 2_000  # characters of a quarantined row

@@ -1,10 +1,12 @@
 """What `validate` found: the document that the data gate, DVC and MLflow read."""
 
-from typing import Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from regraft.report import Report
+from regraft.sparse import without_defaults
 from regraft.validate.params import Level
 
 
@@ -63,14 +65,23 @@ class ValidateReport(Report):
     files: dict[str, FileResult]
     ignored: list[str]
     """Files of a folder that were left out by name (README.md, .gitignore, ...)."""
+    rows_forgotten: int = 0
+    """Rows left out because `regraft data forget` named them: in neither file, and no word of them kept. Left out if 0."""
+    rows_in_other_scripts: int | None = None
+    """Rows with more letters of other scripts than `validate.scripts` allows; left out where that is not looked at."""
     data_digest: str
     """sha256 over the accepted rows' `row_id`s, one a line, in order: moving rows between files changes nothing."""
 
+    @model_serializer(mode="wrap")
+    def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(handler(self), self, ("rows_forgotten", "rows_in_other_scripts"))
+
     @model_validator(mode="after")
     def _nothing_is_lost(self) -> Self:
-        if self.rows_in != self.rows_out + self.rows_quarantined:
+        if self.rows_in != self.rows_out + self.rows_quarantined + self.rows_forgotten:
             found = f"{self.rows_in} in, {self.rows_out} out, {self.rows_quarantined} quarantined"
-            raise ValueError(f"rows in = rows out + rows quarantined, found {found}")
+            found += f", {self.rows_forgotten} forgotten"
+            raise ValueError(f"rows in = rows out + rows quarantined + rows forgotten, found {found}")
         if self.passed != all(each.passed for each in self.expectations if each.level == "block"):
             raise ValueError("`passed` exactly when no expectation of level `block` failed")
         return self

@@ -103,6 +103,8 @@ def _expectation(each: Expected) -> Any:
             return gxe.ExpectColumnSumToBeBetween(min_value=each.threshold, **common)
         case "sum at most":
             return gxe.ExpectColumnSumToBeBetween(max_value=each.threshold, **common)
+        case "mean at least":
+            return gxe.ExpectColumnMeanToBeBetween(min_value=each.threshold, **common)
         case "mean at most":
             return gxe.ExpectColumnMeanToBeBetween(max_value=each.threshold, **common)
         case "minimum at least":

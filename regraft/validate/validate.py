@@ -24,14 +24,17 @@ from regraft.artifacts import commit_dir
 from regraft.errors import DataError, GateRefused, ParamsError
 from regraft.failpoints import failpoint
 from regraft.validate.expectations import Counts, Expected, expected
-from regraft.validate.mapping import Mapping, Row, check_columns, row_digests
-from regraft.validate.measures import measure
-from regraft.validate.params import DataParams, Reason, ValidateParams
+from regraft.validate.forgotten import FORGET, Forgotten
+from regraft.validate.forgotten import load as load_forgotten
+from regraft.validate.mapping import Mapping, Row, row_digests
+from regraft.validate.measures import FOREIGN, measure
+from regraft.validate.params import OTHER, DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
-from regraft.validate.quarantine import QUARANTINE, ROWS, ParquetRows, accepted, quarantined
+from regraft.validate.quarantine import QUARANTINE, ROWS, TOOL_ROWS, ParquetRows, accepted, quarantined
 from regraft.validate.report import ExpectationResult, FileResult, TimeRange, ValidateReport
 from regraft.validate.seen import Seen
 from regraft.validate.source import DataFile, Opened, RawRow, find_files, read_rows
+from regraft.validate.sources import mappings
 from regraft.validate.template import as_text
 
 log = logging.getLogger("regraft")
@@ -67,16 +70,25 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
     _check_slices(params, data)
     files, ignored = find_files(data.raw, raw_root)
     longest = 65_536 + 6 * params.max_bytes  # an escape such as \u00e9 has 6 bytes
-    check_columns(data, files, longest)
+    read_as = mappings(data, params, files, raw_root, longest)
+    forgotten = load_forgotten(raw_root / FORGET, data.forget)
 
-    tally = _Tally(set(params.expectations.reasons), set(params.expectations.slices))
+    shares = params.expectations.sources
+    tally = _Tally(
+        set(params.expectations.reasons),
+        set(params.expectations.slices) | ({"source"} if shares else set()),
+        set(shares),
+    )
+    if params.scripts is not None:
+        tally.counts.foreign = 0
+    schema = ROWS if all(each.data.tools is None for each in read_as.values()) else TOOL_ROWS
     with commit_dir(out) as folder:
         with ExitStack() as stack:
-            rows = stack.enter_context(ParquetRows(folder / "rows.parquet", ROWS))
+            rows = stack.enter_context(ParquetRows(folder / "rows.parquet", schema))
             kept = stack.enter_context(ParquetRows(folder / "quarantine.parquet", QUARANTINE))
             stack.enter_context(_fewer_collections())
             for file in files:
-                _read_file(file, Mapping(data, params), longest, tally, rows, kept)
+                _read_file(file, read_as[file.name], forgotten, longest, tally, rows, kept)
         if not tally.counts.rows_in:
             problems = [f"{name}: {problem}" for name, problem in sorted(tally.counts.unreadable.items())]
             raise DataError(
@@ -103,6 +115,8 @@ class _Tally:
 
     watched: set[Reason]
     sliced: set[str]
+    shares: set[str] = field(default_factory=set)
+    """Sources whose share is expected."""
     counts: Counts = field(default_factory=Counts)
     seen: Seen = field(default_factory=Seen)
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
@@ -130,6 +144,9 @@ class _Tally:
             rows = rows.append_column(name, pa.array(values, pa.string()))
             numbers = [None if value is None else float(counted[value]) for value in values]
             rows = rows.append_column(f"rows of {name}", pa.array(numbers, pa.float64()))
+        for name in sorted(self.shares):
+            found = [None if value is None else float(value == name) for value in self.values.get("source", [])]
+            rows = rows.append_column(f"from {name}", pa.array(found, pa.float64()))
         unreadable = [int(file.problem is not None) for file in self.files.values()]
         return {"rows": rows, "files": pa.table({"unreadable": pa.array(unreadable, pa.int8())})}
 
@@ -146,12 +163,26 @@ def _fewer_collections() -> Iterator[None]:
 
 
 def _read_file(
-    file: DataFile, mapping: Mapping, longest: int, tally: _Tally, rows: ParquetRows, kept: ParquetRows
+    file: DataFile,
+    mapping: Mapping,
+    forgotten: Forgotten | None,
+    longest: int,
+    tally: _Tally,
+    rows: ParquetRows,
+    kept: ParquetRows,
 ) -> None:
     opened = Opened()
     rows_before, kept_before = rows.count, kept.count
     for batch in _batched(read_rows(file, longest, opened), _BATCH):
         made, measured = measure(batch, mapping)
+        if forgotten is not None:
+            stay = [i for i in range(len(batch)) if not _is_forgotten(forgotten, batch[i], made[i], mapping.data)]
+            tally.counts.forgotten += len(batch) - len(stay)
+            batch, made, measured = (
+                [batch[i] for i in stay],
+                [made[i] for i in stay],
+                measured.take(pa.array(stay, pa.int64())),
+            )
         flags: dict[str, list[int]] = {"accepted": [], "quarantined": [], "duplicate": []}
         reasons_of = _reasons(measured)
         digests = [
@@ -177,6 +208,9 @@ def _read_file(
             flags["duplicate"].append(int(duplicate))
         for reason in sorted(tally.watched):
             flags[reason.value] = [int(reason in reasons) if reasons else 0 for reasons in reasons_of]
+        if tally.counts.foreign is not None:
+            flags[FOREIGN] = [int(bool(each)) for each in measured[FOREIGN].to_pylist()]
+            tally.counts.foreign += sum(flags[FOREIGN])
         tally.report_progress()
         tally.flags.append(pa.table({name: pa.array(values, pa.int8()) for name, values in flags.items()}))
     new, bad = rows.count - rows_before, kept.count - kept_before
@@ -242,7 +276,7 @@ def _report(tally: _Tally, wanted: list[Expected], passed: dict[str, bool], igno
         for each in wanted
     ]
     return ValidateReport(
-        rows_in=counts.rows_in,
+        rows_in=counts.rows_in + counts.forgotten,
         rows_out=counts.accepted,
         rows_quarantined=counts.quarantined,
         rows_duplicate=counts.duplicates,
@@ -254,6 +288,8 @@ def _report(tally: _Tally, wanted: list[Expected], passed: dict[str, bool], igno
         time=TimeRange(first=tally.first, last=tally.last),
         files=dict(sorted(tally.files.items())),
         ignored=ignored,
+        rows_forgotten=counts.forgotten,
+        rows_in_other_scripts=counts.foreign,
         data_digest=tally.digest.hexdigest(),
     )
 
@@ -286,13 +322,23 @@ def _line(each: ExpectationResult) -> str:
 
 
 def _check_slices(params: ValidateParams, data: DataParams) -> None:
-    unknown = sorted(set(params.expectations.slices) - set(data.slices))
-    if unknown:
+    known = data.slice_names()
+    if unknown := sorted(set(params.expectations.slices) - known):
         raise ParamsError(
             f"validate.expectations.slices names {', '.join(unknown)}; "
-            f"data.slices has {', '.join(data.slices) or 'none'}",
+            f"data.slices has {', '.join(sorted(known)) or 'none'}",
             fix="edit params.yaml",
         )
+    if unknown := sorted(set(params.expectations.sources) - {*data.sources, OTHER}):
+        raise ParamsError(
+            f"validate.expectations.sources names {', '.join(unknown)}; "
+            f"data.sources has {', '.join(data.sources) or 'none'}",
+            fix="edit params.yaml",
+        )
+
+
+def _is_forgotten(forgotten: Forgotten, raw: RawRow, row: Row | None, data: DataParams) -> bool:
+    return forgotten.holds(None if row is None else row.messages, _id_of(raw, row, data))
 
 
 def _id_of(raw: RawRow, row: Row | None, data: DataParams) -> str | None:

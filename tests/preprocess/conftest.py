@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,21 @@ def tokenizer_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write_rows(tmp_path: Path) -> Callable[..., Path]:
+def write_rows(tmp_path: Path, fill: Callable[..., Path]) -> Callable[..., Path]:
     """Write rows to `rows.parquet` in a new folder and return the folder."""
+    return partial(fill, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def fill() -> Callable[..., Path]:
+    """Write rows to `rows.parquet` in a new folder of one that is named, and return the new one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def write(rows: list[dict[str, Any]], name: str = "validate", source: str = "a.jsonl") -> Path:
+    def write(parent: Path, rows: list[dict[str, Any]], name: str = "validate", source: str = "a.jsonl") -> Path:
         from regraft.artifacts import canonical_json
 
-        folder = tmp_path / name
+        folder = parent / name
         folder.mkdir()
         message = pa.struct([("role", pa.string()), ("content", pa.string())])
         schema = pa.schema(

@@ -1,5 +1,6 @@
 """What `regraft data diff` counts."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,32 @@ def test_a_version_does_not_differ_from_itself(write_rows: Callable[..., Path]) 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match=r"old\.parquet is missing"):
         diff_rows(tmp_path / "old.parquet", tmp_path / "new.parquet")
+
+
+def test_sources_and_calls_of_tools_are_told_and_a_changed_call_is_a_changed_row(tmp_path: Path) -> None:
+    from regraft.validate.params import DataParams, ValidateParams
+    from regraft.validate.validate import validate
+
+    def made(name: str, calls: list[str]) -> Path:
+        root = tmp_path / name
+        (root / "data/raw").mkdir(parents=True)
+        rows = []
+        for i, function in enumerate(calls):
+            call = {"type": "function", "function": {"name": function, "arguments": "{}"}}
+            turns = [
+                {"role": "user", "content": f"question {i}"},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+            ]
+            rows.append(json.dumps({"id": str(i), "messages": turns, "tools": None}) + "\n")
+        (root / "data/raw/a.jsonl").write_text("".join(rows))
+        data = {"tools": "tools", "id": "id", "sources": {name: {"path": "data/raw/a.jsonl"}}}
+        out = root / "out"
+        validate(ValidateParams(), DataParams.model_validate(data), raw_root=root, out=out, docs=root / "docs")
+        return out / "rows.parquet"
+
+    found = diff_rows(made("one", ["stock", "stock"]), made("two", ["stock", "price", "price"]))
+    assert found.calls == {"price": 2, "stock": -1}
+    assert found.slices == {"source": {"one": -2, "two": 3}}
+    assert "calls of tools: price +2, stock -1" in lines(found)
+    same = diff_rows(made("three", ["stock"]), tmp_path / "three/out/rows.parquet")
+    assert (same.calls, same.changed, same.same) == ({}, 0, 1)

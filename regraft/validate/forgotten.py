@@ -1,0 +1,99 @@
+"""What is never trained on again: `data/forget.jsonl`, a list of salted hashes, so that nothing private is kept in it.
+
+The first line is {"salt": ...}; each other one {"content": ...} or {"id": ...}. A content is all that is said in a row, with
+letter case and spacing folded, so that a row that comes again in another file, or with other columns, stays forgotten.
+Hashes of short texts can be found by trying texts: the list is no place for a secret, but it does not tell one.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from regraft.artifacts import digest_bytes, write_file
+from regraft.errors import DamagedArtifact, MissingInput, PinMismatch
+from regraft.messages import words
+
+FORGET = "data/forget.jsonl"
+Kind = Literal["content", "id"]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """The list, read."""
+
+    salt: str
+    lines: tuple[tuple[str, str], ...] = ()
+    """Kind and hash of each entry, in the order of the file, which only grows."""
+
+    @cached_property
+    def entries(self) -> frozenset[tuple[str, str]]:
+        """Kind and hash of each entry."""
+        return frozenset(self.lines)
+
+    def holds(self, messages: Sequence[Mapping[str, str]] | None, identity: str | None) -> bool:
+        """Say whether a row is on the list, by its content or its id."""
+        if identity is not None and ("id", self.of_id(identity)) in self.entries:
+            return True
+        return messages is not None and ("content", self.of_content(messages)) in self.entries
+
+    def of_content(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the hash of a row's content."""
+        said = "\n".join(f"{each['role']}: {' '.join(words(each).casefold().split())}" for each in messages)
+        return self._hash(f"content {said}")
+
+    def of_id(self, identity: str) -> str:
+        """Return the hash of a row's own name."""
+        return self._hash(f"id {identity}")
+
+    def _hash(self, text: str) -> str:
+        return hashlib.sha256(f"{self.salt} {text}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    def adding(self, entries: Iterable[tuple[Kind, str]]) -> "Forgotten":
+        """Return the list with more entries."""
+        return Forgotten(self.salt, (*self.lines, *sorted(set(entries) - self.entries)))
+
+    def save(self, path: Path) -> str:
+        """Write the list and return its sha256."""
+        lines = [{"salt": self.salt}, *({kind: value} for kind, value in self.lines)]
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        write_file(path, content)
+        return digest_bytes(content)
+
+
+def fresh() -> Forgotten:
+    """Return an empty list with a salt of its own."""
+    return Forgotten(secrets.token_hex(16))
+
+
+def load(path: Path, digest: str | None, *, grown: bool = False) -> Forgotten | None:
+    """Read the list that `data.forget` names; None where it names none.
+
+    Args:
+        path: the list.
+        digest: its sha256.
+        grown: also take a list that begins with the one named: somebody was killed between writing the two.
+
+    Raises:
+        MissingInput: it is not there.
+        PinMismatch: it is another one: a list that shrank would train again on what was to be forgotten.
+        DamagedArtifact: it is no such list.
+    """
+    if digest is None:
+        return None
+    fix = f"bring {FORGET} back (`git checkout {FORGET}`); after an edit on purpose, set data.forget to its sha256"
+    if not path.is_file():
+        raise MissingInput(f"{path} is missing, and data.forget names it", fix=fix)
+    content = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(content) if byte == 0x0A] if grown else []
+    if (found := digest_bytes(content)) != digest and digest not in (digest_bytes(content[:end]) for end in ends):
+        raise PinMismatch(f"{path} has sha256 {found}, data.forget says {digest}", fix=fix)
+    try:
+        first, *others = (json.loads(line) for line in content.splitlines())
+        return Forgotten(first["salt"], tuple(pair for each in others for pair in each.items()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArtifact(f"{path} is not a list of what is forgotten: {error}", fix=fix) from error

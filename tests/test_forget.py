@@ -1,0 +1,278 @@
+"""Forgetting: rows go for good, and every version that learnt from them is found, tagged and not promoted again."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import clones
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from regraft import settings
+from regraft.artifacts import digest_file, read_json
+from regraft.errors import GateRefused, MissingInput, ParamsError
+from regraft.forget import Forgetting, Seen
+from regraft.forget import forget as forget_rows
+from regraft.layout import Layout
+from regraft.register import lookup, registry
+from regraft.register.promote import promote, rollback
+from regraft.register.service import Service
+from regraft.register.version import FORGET_TAG, Version
+from regraft.settings import Settings
+from regraft.validate.forgotten import FORGET
+from regraft.validate.params import DataParams
+from regraft.validate.validate import validate
+
+ROOT = Path(__file__).parent.parent
+RAW = "data/raw/a.jsonl"
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from regraft.register.service import initialise, prepare_mlflow
+
+    prepare_mlflow(2)
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    initialise(file)
+    return file
+
+
+@pytest.fixture
+def clone(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "a clone"
+    clones.copy_store(empty_store, root)
+    return root
+
+
+def trained(root: Path, adapter: str, rows: int, *, learnt: range | None = None, parent: str | None = None) -> Version:
+    """Register a version that was made from `rows` rows and trained on those of `learnt`."""
+    layout = clones.make(root, adapter=adapter, rows=rows)
+    (root / "params.yaml").write_text("data:\n  forget: null   # nothing yet\n  id: id\ntrain:\n  rank: 4\n")
+    made = pq.read_table(layout.stage("validate") / "rows.parquet").to_pylist()
+    raw = root / RAW
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.write_text("".join(json.dumps({name: row[name] for name in ("messages", "id")}) + "\n" for row in made))
+    report = clones.report(layout, "validate") | {"files": {RAW: {"sha256": digest_file(raw), "rows": rows}}}
+    files = {"rows.parquet": (layout.stage("validate") / "rows.parquet").read_bytes()}
+    clones.stage(layout, "validate", report, files)
+    if learnt is not None:
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.table({"row_id": [made[i]["row_id"] for i in learnt]}), buffer)
+        part = {"train_rows-00000.parquet": bytes(buffer.getvalue())}
+        clones.stage(layout, "preprocess", clones.report(layout, "preprocess"), part)
+    resolved = {"train": {"rank": 4, "parent_digest": parent}, "data": {"forget": None}}
+    return registry.register(clones.PARAMS, layout=layout, resolved=resolved)
+
+
+def of(root: Path) -> Settings:
+    """The shipped settings, with the clone's registry and list."""
+    loaded = settings.load(Layout(ROOT))
+    line = next(line for line in (root / "params.yaml").read_text().splitlines() if "forget:" in line)
+    found = line.split()[1]
+    data = DataParams(id="id", forget=None if found == "null" else found)
+    return loaded.model_copy(update={"register_": clones.PARAMS, "data": data})
+
+
+def forget(root: Path, match: str | None = None, **more: Any) -> Forgetting:
+    return forget_rows(Layout(root), of(root), match=match, **more)
+
+
+def tags(root: Path) -> dict[int, str | None]:
+    return {each.number: each.tags.get(FORGET_TAG) for each in lookup.versions(clones.PARAMS, Layout(root))}
+
+
+def test_rows_that_match_are_listed_and_the_version_that_learnt_them_is_tagged(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(3, 20))
+    found = forget(clone, "PARCEL number (4|5)$")
+    assert (found.rows, found.places, found.contents) == (2, [f"{RAW}:5", f"{RAW}:6"], 2)
+    assert found.versions == [Seen(1, "rows", 2, ("challenger",))]
+    assert found.digest == digest_file(clone / FORGET)
+    params = (clone / "params.yaml").read_text()
+    assert params.startswith(f"data:\n  forget: {found.digest}   # nothing yet\n  id: id\n")
+    tag = json.loads(tags(clone)[1] or "{}")
+    assert (tag["how"], tag["rows"]) == ("rows", 2)
+    assert found.commands[0] == "regraft retrain"
+
+    again = forget(clone, "parcel number (4|5)$")
+    assert (again.contents, again.digest, again.versions) == (0, found.digest, found.versions)
+
+
+def test_validate_leaves_them_out_of_then_on_whatever_file_they_come_in(clone: Path, tmp_path: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    forget(clone, "parcel number (4|5)$")
+    (clone / "data/raw/b.jsonl").write_bytes((clone / RAW).read_bytes().replace(b"is my", b"IS  my"))
+    loaded = of(clone)
+    params = loaded.validate_.model_copy(update={"labels": None, "answers_are_json": False})
+    expectations = params.expectations.model_copy(
+        update={"rows": params.expectations.rows.model_copy(update={"minimum": 1})}
+    )
+    params = params.model_copy(update={"expectations": expectations.model_copy(update={"slices": {}})})
+    report = validate(params, loaded.data, raw_root=clone, out=tmp_path / "out", docs=tmp_path / "docs")
+    assert (report.rows_in, report.rows_forgotten, report.rows_out) == (40, 4, 36)
+    text = str(pq.read_table(tmp_path / "out/rows.parquet").to_pylist())
+    assert "number 4'" not in text
+    assert "number 6'" in text
+
+
+def test_a_row_of_the_holdout_or_of_another_version_does_not_taint(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(3, 20))
+    found = forget(clone, "parcel number 2$")
+    assert found.versions == [Seen(1, "no", 0, ("challenger",))]
+    assert found.contents == 1
+    assert tags(clone) == {1: None}
+
+
+def test_what_is_not_in_the_clone_any_more_is_found_in_dvcs_cache(clone: Path) -> None:
+    from dvc.repo import Repo
+
+    clones.make(clone, adapter="one", rows=20)
+    Repo.init(str(clone), no_scm=True).close()
+    lock: dict[str, Any] = {"schema": "2.0", "stages": {}}
+    trained(clone, "first", 30, learnt=range(3, 30))  # registered before dvc.lock is there: for its files only
+    for stage in ("validate", "preprocess"):
+        listed = []
+        for path in sorted(Layout(clone).stage(stage).iterdir()):
+            md5 = hashlib.md5(path.read_bytes()).hexdigest()
+            to = clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(path.read_bytes())
+            listed.append({"md5": md5, "relpath": path.name})
+        to = clone / ".dvc/cache/files/md5/ab" / f"{stage}.dir"
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(json.dumps(listed))
+        lock["stages"][stage] = {"outs": [{"path": f"data/work/{stage}", "md5": f"ab{stage}.dir"}]}
+    (clone / "dvc.lock").write_text(json.dumps(lock))
+    trained(clone, "second", 30, learnt=range(3, 30))
+    (clone / "dvc.lock").unlink()
+    trained(clone, "third", 10, learnt=range(10))  # its rows are what is in the clone now
+    found = forget(clone, "parcel number (1|25)$")
+    assert found.places == [f"{RAW}:2"]
+    assert found.contents == 2
+    assert [(each.number, each.how, each.rows) for each in found.versions] == [
+        (1, "unknown", 0),
+        (2, "rows", 1),
+        (3, "rows", 1),
+    ]
+    for path in (clone / ".dvc/cache/files/md5").rglob("*"):
+        if path.is_file() and path.read_bytes()[:4] == b"PAR1":
+            path.write_bytes(path.read_bytes() + b"x")
+    assert forget(clone, "parcel number (1|25)$", dry_run=True).versions[1].how == "unknown"
+
+
+def test_a_version_of_which_only_the_raw_files_are_known_is_judged_by_them(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    for stage in ("validate", "preprocess"):
+        (Layout(clone).stage(stage) / "manifest.json").unlink()
+    assert forget(clone, "parcel number 7$").versions == [Seen(1, "file", 1, ("challenger",))]
+    (clone / RAW).write_text((clone / RAW).read_text().splitlines()[7] + "\n")
+    assert forget(clone, "parcel number 7$", dry_run=True).versions[0].how == "unknown"
+
+
+def test_a_version_that_went_on_from_a_tainted_one_is_tagged_too(clone: Path) -> None:
+    first = trained(clone, "one", 20, learnt=range(20))
+    trained(clone, "two", 10, learnt=range(10), parent=first.adapter_digest)
+    with pytest.raises(MissingInput, match="no row matches"):
+        forget(clone, "parcel number 15$")  # of the first one, whose rows are gone
+    found = forget(clone, "parcel number 5$")  # of the second one, whose rows are here
+    assert [(each.number, each.how) for each in found.versions] == [(1, "unknown"), (2, "rows")]
+    third = trained(
+        clone, "three", 5, learnt=range(4), parent=lookup.versions(clones.PARAMS, Layout(clone))[1].adapter_digest
+    )
+    found = forget(clone, "parcel number 5$")
+    assert third.number == 3
+    assert [each.how for each in found.versions] == ["unknown", "unknown", "parent"]
+    assert json.loads(tags(clone)[3] or "{}")["how"] == "parent"
+
+
+def test_a_tagged_version_is_neither_promoted_nor_gone_back_to(clone: Path) -> None:
+    layout = Layout(clone)
+    first = trained(clone, "one", 20, learnt=range(20))
+    promote(clones.PARAMS, layout, "1")
+    trained(clone, "two", 10, learnt=range(10))
+    clones.judge(layout, first.adapter_digest)
+    registry.register(clones.PARAMS, layout=layout, resolved={"train": {}, "data": {}})
+    forget(clone, "parcel number 5$")
+    with pytest.raises(GateRefused, match="was trained on rows that are to be forgotten"):
+        promote(clones.PARAMS, layout, "2")
+    clones.make(clone, adapter="three", champion=first.adapter_digest)
+    registry.register(clones.PARAMS, layout=layout, resolved={"train": {}, "data": {}})
+    promote(clones.PARAMS, layout, "3")
+    Service.of(clones.PARAMS, layout).ask("set_model_version_tag", "regraft", "1", FORGET_TAG, "{}")
+    with pytest.raises(GateRefused, match="was trained on rows that are to be forgotten"):
+        rollback(clones.PARAMS, layout)
+
+
+def test_a_dry_run_changes_nothing(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    before = (clone / "params.yaml").read_bytes()
+    found = forget(clone, "parcel number 5$", dry_run=True)
+    assert (found.rows, found.contents, found.done) == (1, 1, False)
+    assert (clone / "params.yaml").read_bytes() == before
+    assert not (clone / FORGET).exists()
+    assert tags(clone) == {1: None}
+
+
+def test_an_id_is_forgotten_with_rows_of_its_name_that_come_later(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    found = forget(clone, ids=["5", "not yet there"])
+    assert (found.rows, found.contents) == (1, 3)
+    assert found.versions[0].rows == 1
+
+
+def test_nothing_that_was_named_is_written_anywhere(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    forget(clone, "where is my parcel number 5$", ids=["private-name-77"])
+    written = [clone / FORGET, clone / "params.yaml"]
+    assert not [path for path in written if b"parcel" in path.read_bytes() or b"private" in path.read_bytes()]
+    assert "parcel" not in str(tags(clone))
+    assert b"private-name" not in (clone / "mlflow.db").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "says"),
+    [
+        ({}, ParamsError, "nothing to forget was named"),
+        ({"match": "("}, ParamsError, "no regular expression"),
+        ({"match": "nobody says this"}, MissingInput, "no row matches"),
+    ],
+)
+def test_mistakes_change_nothing_and_say_what_to_do(
+    clone: Path, more: dict[str, Any], kind: type[Exception], says: str
+) -> None:
+    trained(clone, "one", 5, learnt=range(5))
+    with pytest.raises(kind, match=says):
+        forget(clone, **more)
+    assert not (clone / FORGET).exists()
+
+
+def test_params_without_a_line_for_it_are_said(clone: Path) -> None:
+    trained(clone, "one", 5, learnt=range(5))
+    loaded = of(clone)
+    (clone / "params.yaml").write_text("data:\n  id: id\n")
+    with pytest.raises(ParamsError, match=r"data\.forget has no line of its own"):
+        forget_rows(Layout(clone), loaded, match="parcel")
+
+
+@pytest.mark.parametrize("point", ["forget.listed", "forget.named"])
+def test_killed_in_between_the_same_command_finishes_the_same_list(
+    clone: Path, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    forget(clone, "parcel number 9$")
+    monkeypatch.setenv("REGRAFT_FAILPOINT", f"{point}=EIO")
+    with pytest.raises(OSError, match="Input/output error"):
+        forget(clone, "parcel number 5$")
+    monkeypatch.delenv("REGRAFT_FAILPOINT")
+    found = forget(clone, "parcel number 5$")
+    assert found.digest == digest_file(clone / FORGET) == of(clone).data.forget
+    assert len((clone / FORGET).read_text().splitlines()) == 3
+    assert tags(clone)[1] is not None
+
+
+def test_a_manifest_names_the_outputs_that_a_version_had(clone: Path) -> None:
+    version = trained(clone, "one", 5, learnt=range(5))
+    lineage = read_json(Path(version.source) / "lineage.json")
+    assert lineage["data"]["stages"]["validate"] == digest_file(Layout(clone).stage("validate") / "manifest.json")
