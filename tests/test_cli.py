@@ -46,7 +46,7 @@ def test_the_commands_are_the_ones_that_are_documented() -> None:
         *("retrain", "lineage", "diff", "reproduce", "status", "deploy", "worker", "watch"),
         *("merge", "verify", "publish", "serve"),
         *("plan", "inspect", "parent"),
-        *("data show", "data diff"),
+        *("data show", "data diff", "data page", "data forget"),
     }
 
 
