@@ -75,7 +75,7 @@ def preprocess(
             out.parent.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(prefix=f".shards-of-{out.name}-", dir=out.parent)
             cache = Path(stack.enter_context(scratch))
-        store = Cache(cache)
+        store = Cache(cache.absolute())
         workers = stack.enter_context(Workers(params, opened, path, store))
         shards = list(cut(path))
         table = _look(workers, shards, store, params, root or Path())

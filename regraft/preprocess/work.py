@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from regraft.chat import open_chat
 from regraft.errors import RegraftError
+from regraft.preprocess.cluster import ADDRESS, ClusterFuture, ClusterPool
 from regraft.preprocess.keys import load_keys, read_keys
 from regraft.preprocess.params import PreprocessParams
 from regraft.preprocess.shard import Preparer
@@ -39,10 +40,10 @@ class Workers:
     """Does the work on shards; a context, which ends its processes."""
 
     def __init__(self, params: PreprocessParams, base: "Base", path: Path, store: Cache) -> None:
-        self._params, self._base, self._path, self._store = params, base, path, store
+        self._params, self._base, self._path, self._store = params, base, path.absolute(), store
         self.tokenizer: Any = None
         self.made = 0
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: ProcessPoolExecutor | ClusterPool | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +113,10 @@ class Workers:
             found = list(threads.map(self._store.find, entries))
         return [i for i, folder in enumerate(found) if folder is None and shards[i].rows]
 
-    def _start(self) -> ProcessPoolExecutor:
+    def _start(self) -> "ProcessPoolExecutor | ClusterPool":
+        if address := os.environ.get(ADDRESS, ""):
+            self._pool = ClusterPool(address, self._params, self._base)
+            return self._pool
         way = "fork" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(way)
         if way == "fork":
@@ -130,7 +134,7 @@ class Workers:
             os.environ.pop("TOKENIZERS_PARALLELISM", None)
         _inherited.clear()
 
-    def _gather(self, futures: Sequence[Future[None]], what: str) -> None:
+    def _gather(self, futures: "Sequence[Future[None] | ClusterFuture]", what: str) -> None:
         try:
             for done, future in enumerate(futures, 1):
                 future.result()
@@ -158,6 +162,12 @@ def _begin(params: PreprocessParams, base: "Base", parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is told, and ends them
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.set_threshold(200_000, 50, 100)  # rows hold no cycles to look for
+    _inherited.update(params=params, base=base)
+
+
+def become_worker(params: PreprocessParams, base: "Base") -> None:
+    """Let this process, of a cluster, be one that prepares shards with these parameters."""
+    _inherited.clear()
     _inherited.update(params=params, base=base)
 
 
