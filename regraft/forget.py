@@ -102,7 +102,9 @@ class Forgetting:
             mark = f"; tagged {FORGET_TAG}" if each.affected and self.done else ""
             said.append(f"version {each.number}{alias} {told[each.how].format(each.rows)}{mark}")
         if any(each.affected and CHAMPION in each.aliases for each in self.versions):
-            said.append("the champion is one of them: it stays in use until a clean version is promoted")
+            said.append(
+                "the champion is one of them: it stays in use until a clean version, which need not be better, replaces it"
+            )
         if self.files:
             said.append(f"the rows are still in {', '.join(self.files)}, and older outputs in DVC's cache (`dvc gc`)")
         return [*said, *(f"next: {command}" for command in self.commands)]
@@ -168,7 +170,7 @@ def forget(
         contents=len(new),
         digest=digest,
         versions=found,
-        commands=_commands(settings, tainted, found),
+        commands=_commands(settings, tainted),
         done=not dry_run,
         files=sorted(now.files),
     )
@@ -374,11 +376,8 @@ def _tag(
         service.repeated(write)
 
 
-def _commands(settings: Settings, tainted: set[str], found: Sequence[Seen]) -> list[str]:
+def _commands(settings: Settings, tainted: set[str]) -> list[str]:
     commands = ["regraft retrain"]
     if settings.train.parent is not None and settings.train.parent_digest in tainted:
         commands.insert(0, "regraft parent --none")
-    champion = next((each for each in found if CHAMPION in each.aliases and each.affected), None)
-    if champion is not None:
-        commands.append("regraft promote   # where the verdict needs a person: the clean version may be no better")
     return commands

@@ -10,7 +10,7 @@ from regraft.gates.verdict import explain, load_verdict
 from regraft.layout import STAGES, Layout
 from regraft.register.lookup import ledger, versions
 from regraft.register.lookup import version as find_version
-from regraft.register.version import CHALLENGER, CHAMPION, Version
+from regraft.register.version import CHALLENGER, CHAMPION, FORGET_TAG, Version
 from regraft.settings import Settings
 
 
@@ -182,11 +182,15 @@ def _short(version: Version) -> dict[str, Any]:
         "identity": version.identity,
         "adapter": version.adapter_digest,
         "verdict": version.verdict,
+        "forgets": FORGET_TAG in version.tags,
     }
 
 
 def _words(version: dict[str, Any]) -> str:
-    return f"{version['name']} version {version['number']}, adapter {version['adapter'][:16]}, {version['verdict']}"
+    mark = "; it was trained on rows that are to be forgotten" if version["forgets"] else ""
+    return (
+        f"{version['name']} version {version['number']}, adapter {version['adapter'][:16]}, {version['verdict']}{mark}"
+    )
 
 
 def _cut(value: Any) -> str:

@@ -7,7 +7,7 @@ Stages measure (through DVC). `judge_and_save` compares with the champion of thi
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from regraft.layout import Layout
 from regraft.pipeline import StageResult
 from regraft.register.lookup import champion as find_champion
 from regraft.register.lookup import version as find_version
-from regraft.register.version import Version, identity
+from regraft.register.version import FORGET_TAG, Version, identity
 from regraft.settings import Settings
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def judge_and_save(layout: Layout, settings: Settings) -> Verdict:
             answers=files / "answers.parquet",
             label=f"the champion (version {champion.number})",
         )
+        evidence = replace(evidence, forgets=FORGET_TAG in champion.tags)
     verdict = judge_run(layout, settings.gates, evidence)
     save_verdict(verdict, layout.verdict)
     if verdict.passed:  # as champion it need not be scored on this holdout again

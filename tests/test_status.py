@@ -53,6 +53,14 @@ def test_the_champion_and_its_export_are_named_once_the_export_is_whole(layout: 
     assert look(layout)["export"] == str(layout.exports / ("i" * 16))
 
 
+def test_a_champion_that_was_trained_on_what_is_to_be_forgotten_is_marked(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion = Version("regraft", 3, "", "", "", 0, {"regraft.forget": "{}"}, ("champion",))
+    monkeypatch.setattr(status, "versions", lambda params, layout: [champion])
+    assert any("to be forgotten" in line for line in status.status_lines(look(layout)))
+
+
 @pytest.mark.parametrize(("against", "current"), [("a" * 64, True), ("b" * 64, False)])
 def test_a_verdict_against_another_champion_is_marked(layout: Layout, against: str, current: bool) -> None:
     judged = {"adapter": "c" * 64, "champion": against}

@@ -35,6 +35,7 @@ def compare(
     *,
     known_rows: Collection[str] | None,
     judged: Mapping[str, str],
+    forgets: bool = False,
 ) -> Verdict:
     """Decide whether a challenger should replace its opponent.
 
@@ -45,6 +46,7 @@ def compare(
         known_rows: ids of the rows that the champion was judged on when it became champion; None where there is none,
             and the opponent is the base.
         judged: digests for the verdict; `adapter` and `champion` are compared with each other.
+        forgets: the champion was trained on rows that are to be forgotten: one that is not worse replaces it.
     """
     name = "the base" if known_rows is None else "the champion"
     if known_rows is not None and judged.get("adapter") == judged.get("champion"):
@@ -66,10 +68,15 @@ def compare(
     rows = f"the {len(known)} rows that the champion was judged on"
     if stand_in:
         rows = f"all {len(pairs)} rows (the champion was judged on only {len(known)} of them)"
+    better = _better(params, pairs, new, name)
+    if forgets:
+        detail = "The champion was trained on rows that are to be forgotten: not to be worse is enough."
+        better = [each.model_copy(update={"decisive": False}) for each in better]
+        better.append(Check(name="forgets", passed=True, decisive=False, detail=detail))
     return decide(
         GATE,
         [
-            *_better(params, pairs, new, name),
+            *better,
             _not_worse(params, judged_on, rows),
             *_slices(params, judged_on),
             _retention(params, judged_on),

@@ -47,6 +47,8 @@ class Champion:
     """How messages call it."""
     profile: Path | None = None
     """What the rows were like that it learnt from."""
+    forgets: bool = False
+    """It was trained on rows that are to be forgotten: one that is not worse replaces it."""
 
 
 def champion_evidence(
@@ -209,8 +211,9 @@ def judge(params: ComparisonGate, *, evaluated: Path, champion: Champion | None,
             if unlike := _unlike(report, champion):
                 return decide(comparison.GATE, unlike, judged)
             shared, opponent = _shared(challenger, known)
+            shared_rows = {row.row_id for row in known}
             verdict = comparison.compare(
-                params, shared, opponent, known_rows={row.row_id for row in known}, judged=judged
+                params, shared, opponent, known_rows=shared_rows, judged=judged, forgets=champion.forgets
             )
             return decide(comparison.GATE, [*verdict.checks, _left_out(challenger, shared)], judged)
         verify_dir(champion.scored.report.parent)
@@ -221,7 +224,9 @@ def judge(params: ComparisonGate, *, evaluated: Path, champion: Champion | None,
             return decide(comparison.GATE, stale, judged)
         opponent = read_answers(champion.scored.answers)
         known_rows = {row.row_id for row in known}
-        return comparison.compare(params, challenger, opponent, known_rows=known_rows, judged=judged)
+        return comparison.compare(
+            params, challenger, opponent, known_rows=known_rows, judged=judged, forgets=champion.forgets
+        )
 
     return closed(comparison.GATE, judged, ask)
 

@@ -90,10 +90,11 @@ def _index(report: ValidateReport, places: Mapping[Reason, Sequence[str]], links
         for name, values in report.slices.items()
         for value, count in values.items()
     ]
+    forgotten = f", {report.rows_forgotten:,} forgotten" if report.rows_forgotten else ""
     parts = [
         f"<h1>Data: {verdict}</h1>",
         f"<p>{report.rows_in:,} rows read, {report.rows_out:,} accepted, {report.rows_quarantined:,} quarantined, "
-        f"{report.rows_duplicate:,} duplicates. Data digest {report.data_digest[:16]}.</p>",
+        f"{report.rows_duplicate:,} duplicates{forgotten}. Data digest {report.data_digest[:16]}.</p>",
         "<h2>Expectations</h2>",
         _table(("", "name", "level", "measured", "threshold", "rows", "detail"), expectations),
         "<h2>Quarantined</h2>",

@@ -300,6 +300,8 @@ def _announce(report: ValidateReport, docs: Path) -> None:
         "%s rows read, %s accepted, %s quarantined, %s duplicates",
         *(f"{n:,}" for n in (report.rows_in, report.rows_out, report.rows_quarantined, report.rows_duplicate)),
     )
+    if report.rows_forgotten:
+        log.info("%s rows left out: they are to be forgotten", f"{report.rows_forgotten:,}")
     for reason, count in report.quarantined_by_reason.items():
         log.info("  quarantined: %s: %d", reason, count)
     failed = [each for each in report.expectations if not each.passed]

@@ -68,6 +68,19 @@ def test_two_perfect_models_with_nothing_new_change_nothing_and_the_verdict_says
     assert "the champion leaves nothing to gain" in verdict.reasons[0]
 
 
+def test_one_that_is_not_worse_replaces_a_champion_that_is_to_forget_rows_and_a_worse_one_does_not(table: Make) -> None:
+    rows = table([True] * 500)
+
+    def against(challenger: Table) -> Verdict:
+        return compare(DEFAULT, challenger, rows, known_rows=_ids(rows), judged=JUDGED, forgets=True)
+
+    verdict = against(rows)
+    assert verdict.passed
+    assert "rows that are to be forgotten" in _check(verdict, "forgets").detail
+    assert not _check(verdict, "better_overall").passed
+    assert "not_worse" in _failed(against(table([True] * 440 + [False] * 60)))
+
+
 def test_a_gain_on_new_rows_does_not_pay_for_a_loss_on_the_known_ones(table: Make) -> None:
     champion = table([True] * 300) + table([False] * 100, first=300)
     challenger = table([True] * 270 + [False] * 30) + table([True] * 100, first=300)

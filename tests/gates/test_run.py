@@ -266,6 +266,17 @@ def test_the_champions_own_adapter_does_not_replace_it(run: Run) -> None:
     assert "The challenger is the same adapter." in verdict.reasons
 
 
+def test_a_champion_that_is_to_forget_rows_is_replaced_by_one_that_is_not_worse(run: Run, table: Make) -> None:
+    path = run.champion.answers
+    equal = [each for each in read_answers(run.layout.stage("evaluate") / "answers-challenger.parquet") if each.exact]
+    write_answers(path, equal)
+    report = _registered(run)
+    for forgets in (False, True):
+        verdict = run.judge(Champion("c" * 64, path, None, report, forgets=forgets))
+        assert verdict.passed is forgets
+    assert "comparison.forgets" in {each.name for each in verdict.checks}
+
+
 def test_a_champion_of_another_base_is_compared_on_the_rows_that_both_have_answered(run: Run, table: Make) -> None:
     write_answers(run.champion.answers, table([True] * 200 + [False] * 100 + [True] * 50, first=0, slices=SLICES)[:300])
     verdict = run.judge(Champion("c" * 64, run.champion.answers, None, _registered(run)))

@@ -39,6 +39,10 @@ def test_a_forgotten_row_is_in_neither_file_and_counted(stage: Any, chat: Chat) 
     assert stage.quarantine() == []
     assert (report.rows_in, report.rows_out, report.rows_forgotten, report.rows_duplicate) == (5, 1, 4, 0)
     assert report.passed
+    assert (
+        "5 rows read, 1 accepted, 0 quarantined, 0 duplicates, 4 forgotten."
+        in (stage.root / "docs/index.html").read_text()
+    )
 
 
 def test_a_list_that_is_another_missing_or_damaged_stops_the_stage(stage: Any, chat: Chat) -> None:
