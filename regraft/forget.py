@@ -170,7 +170,7 @@ def forget(
         contents=len(new),
         digest=digest,
         versions=found,
-        commands=_commands(settings, tainted),
+        commands=_commands(settings, tainted, found, bool(new)),
         done=not dry_run,
         files=sorted(now.files),
     )
@@ -376,8 +376,11 @@ def _tag(
         service.repeated(write)
 
 
-def _commands(settings: Settings, tainted: set[str]) -> list[str]:
-    commands = ["regraft retrain"]
+def _commands(settings: Settings, tainted: set[str], found: Sequence[Seen], new: bool) -> list[str]:
+    """Return what makes a clean version; nothing where the champion is one."""
+    champion = next((each for each in found if CHAMPION in each.aliases), None)
+    if champion is not None and champion.how == "no" and not new:
+        return []
     if settings.train.parent is not None and settings.train.parent_digest in tainted:
-        commands.insert(0, "regraft parent --none")
-    return commands
+        return ["regraft parent --none", "regraft retrain"]
+    return ["regraft retrain"]

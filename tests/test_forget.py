@@ -187,6 +187,22 @@ def test_a_version_that_went_on_from_a_tainted_one_is_tagged_too(clone: Path) ->
     assert json.loads(tags(clone)[3] or "{}")["how"] == "parent"
 
 
+def test_the_commands_are_those_that_make_a_clean_version_and_none_where_the_champion_is_one(clone: Path) -> None:
+    first = trained(clone, "one", 20, learnt=range(20))
+    loaded = of(clone)
+    train = loaded.train.model_copy(update={"parent": "data/parents/x/adapter", "parent_digest": first.adapter_digest})
+    warm = loaded.model_copy(update={"train": train})
+    found = forget_rows(Layout(clone), warm, match="parcel number 5$")
+    assert found.commands == ["regraft parent --none", "regraft retrain"]
+    trained(clone, "two", 20, learnt=range(6, 20))
+    text = (clone / "params.yaml").read_text().replace("forget: null", f"forget: {found.digest}")
+    (clone / "params.yaml").write_text(text)
+    Service.of(clones.PARAMS, Layout(clone)).ask("set_registered_model_alias", "regraft", "champion", "2")
+    again = forget(clone, "parcel number 5$")
+    assert [each.how for each in again.versions] == ["data", "no"]  # the first one had the same rows
+    assert (again.contents, again.commands) == (0, [])
+
+
 def test_a_tagged_version_is_neither_promoted_nor_gone_back_to(clone: Path) -> None:
     layout = Layout(clone)
     first = trained(clone, "one", 20, learnt=range(20))

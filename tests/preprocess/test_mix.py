@@ -106,3 +106,27 @@ def test_what_did_not_happen_is_not_in_the_report(
         name for name in ("sampled", "repeated", "decontaminated", "near_duplicates", "benchmarks") if name in text
     ]
     assert PreprocessReport.load(tmp_path / "out/report.json").counts.sampled == 0
+
+
+def test_several_processes_make_the_same_bytes_as_one(
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regraft.preprocess import shards, work
+
+    monkeypatch.setattr(shards, "_MOST", 100)
+    rows = [
+        {"messages": [{"role": "user", "content": f"where is {i}"}, {"role": "assistant", "content": "here"}],
+         "slices": {"source": "a" if i % 3 else "b"}}
+        for i in range(400)
+    ]  # fmt: skip
+    folder = write_rows(rows)
+    mix = {"a": {"weight": 1.5}, "b": {"weight": 0.5, "cap": 40}}
+    run(folder, tmp_path / "one", tokenizer_base, mix)
+    monkeypatch.setattr(work, "_LITTLE", 10)
+    monkeypatch.setenv("REGRAFT_WORKERS", "2")
+    run(folder, tmp_path / "two", tokenizer_base, mix)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert len([name for name in names if name.startswith("train-")]) == 4
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
