@@ -89,7 +89,7 @@ def predict(architecture: Architecture, setup: Setup) -> Prediction:
     if setup.method == "prompt":
         new = [setup.prompt_tokens * architecture.hidden]
     new += [w.size for w in architecture.weights if setup.saved and matches(w.name, setup.saved)]
-    new += [architecture.hidden] * setup.new_tokens
+    new += [architecture.hidden] * (setup.new_tokens + setup.added_tokens * (1 if architecture.tied else 2))
     trained = [w.size for w in architecture.weights] if setup.method == "full" else new
     on_gpu, paged = _optimizer(trained, setup.optimizer)
     kept = activations(architecture, setup)
@@ -128,6 +128,8 @@ def _weights(architecture: Architecture, setup: Setup) -> tuple[int, int]:
             base += weight.size * plain_bytes(setup)
         else:
             unquantized += weight.size * plain_bytes(setup)
+        if weight.kind in ("embedding", "output") and weight.shape[0] == architecture.vocabulary:
+            unquantized += setup.added_tokens * architecture.hidden * plain_bytes(setup)
     return base, unquantized
 
 

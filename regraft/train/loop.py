@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from regraft.errors import Preempted, TrainingDiverged
+from regraft.errors import ParamsError, Preempted, TrainingDiverged
 from regraft.failpoints import failpoint
 from regraft.model.adapter import adapter_bytes, load_parameters
 from regraft.train import crew
 from regraft.train.adapt import START, Trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import IGNORE, batches, moved
-from regraft.train.loss import can_chunk, chunked_loss, summed_loss
+from regraft.train.loss import CHUNK, can_chunk, chunked_loss, summed_loss
 from regraft.train.params import TrainParams
 from regraft.train.speed import Speed
 from regraft.train.stop import StopRequest
@@ -90,10 +90,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.progress = progress
         self.held_out = held_out
         self.best: bytes | None = None
-        # On a CPU a step's logits fit; making them twice would cost time.
-        self._chunked = (
-            params.kernels == "fused" and torch.cuda.is_available() and can_chunk(trainee.model, trainee.prompt_tokens)
-        )
+        self._chunk = _logits_chunk(params, trainee)
         self.grad_norm = self.learning_rate = 0.0
         self._loss = torch.zeros(())
         self._seen = self._computed = self._skipped = 0
@@ -122,8 +119,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return self._summed_loss(model, inputs) * share
 
     def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if self._chunked:
-            return chunked_loss(model, inputs)
+        if self._chunk is not None:
+            return chunked_loss(model, inputs, self._chunk)
         return summed_loss(model, inputs, self.trainee.prompt_tokens)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -300,6 +297,24 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """The step of the line before, by the parameters alone, so that it is the same after a resume."""
         every = [self.params.logging_every, *([self.params.validate_every] if self.params.validation_share else [])]
         return max((step - 1) // each * each for each in every)
+
+
+def _logits_chunk(params: TrainParams, trainee: Trainee) -> int | None:
+    """Trained tokens whose logits are made at once, None for all.
+
+    Raises:
+        ParamsError: chunks were asked for, and the model does something to its logits that they would leave out.
+    """
+    possible = can_chunk(trainee.model, trainee.prompt_tokens)
+    if params.logits_chunk is not None:
+        if not possible:
+            raise ParamsError(
+                f"train.logits_chunk: found {params.logits_chunk}, but this model caps or scales its logits",
+                fix="set train.logits_chunk to null",
+            )
+        return params.logits_chunk
+    # On a CPU a step's logits fit; making them twice would cost time.
+    return CHUNK if params.kernels == "fused" and torch.cuda.is_available() and possible else None
 
 
 def _by_process(rng: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Parameters of training."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from regraft.params import Section
+from regraft.late import LateFields
 
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -13,8 +13,10 @@ PRESETS = ("all-linear", "attention", "q+v", "mlp")
 """Names of groups of layers that `target_modules` may give; `regraft.train.targets` finds their layers in a model."""
 
 
-class TrainParams(Section):
+class TrainParams(LateFields):
     """How an adapter is trained; LoRA after arXiv:2106.09685, on a quantised base after arXiv:2305.14314."""
+
+    LATE: ClassVar[frozenset[str]] = frozenset({"logits_chunk"})
 
     method: Literal["lora", "full", "prompt"] = "lora"
     """What is trained. `lora`: an adapter, the only one that can be registered. `full`: every weight of the base, and
@@ -130,6 +132,11 @@ class TrainParams(Section):
     """`plain`: PEFT's and transformers' own operations. `fused`: fewer and larger ones where model and machine allow
     (see `regraft.train.kernels`): the same sums in another order, so other bytes."""
 
+    logits_chunk: int | None = Field(default=None, ge=16, le=65536)
+    """Trained tokens whose logits are held at once, 16 to 65,536; they are made again in the backward pass. Null holds a
+    whole batch's (with `kernels: fused` on a GPU, those of 1,024). Large vocabularies on small cards want 256: 12 bytes
+    for each token and word. Not for `method: prompt`, nor for models that cap or scale their logits."""
+
     compile: bool = False
     """Compile each transformer block with torch.compile: a minute or more at the start, then faster steps. Needs a C++
     compiler; equal bytes need the same one. Only for `method: lora`."""
@@ -181,6 +188,8 @@ class TrainParams(Section):
             problems.append(f"`dora: false` with `init: {self.init}`: its first norm would be of another base")
         if self.method != "lora":
             problems += [f"`method: lora` for `{name}`" for name in _LORA_ONLY if getattr(self, name) != _default(name)]
+        if self.method == "prompt" and self.logits_chunk is not None:
+            problems.append("`logits_chunk: null` for `method: prompt`")
         problems += _patterns(self)
         if problems:
             raise ValueError("; ".join(problems))

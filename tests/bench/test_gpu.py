@@ -66,7 +66,7 @@ def test_a_made_base_holds_the_bytes_that_the_plan_says() -> None:
     held = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
     assert held == predict(architecture(shape), Setup()).base
     rest = sum(p.numel() for p in model.parameters() if not any(p is m.weight for m in packed))
-    assert 4 * rest == predict(architecture(shape), Setup()).unquantized
+    assert 2 * rest == predict(architecture(shape), Setup()).unquantized
 
 
 def test_the_shapes_are_the_sizes_that_they_are_named_after() -> None:
