@@ -18,7 +18,15 @@ from regraft.model.adapter import (
     matches,
     save_adapter,
 )
-from regraft.model.load import Base, device, load_model, load_tokenizer, quiet_libraries
+from regraft.model.load import (
+    Base,
+    device,
+    load_model,
+    load_tokenizer,
+    prepare_for_adapters,
+    quiet_libraries,
+    refuse_spread,
+)
 from regraft.model.params import ModelParams
 from regraft.train.data import Blocks, batches, moved
 from regraft.train.params import TrainParams
@@ -89,11 +97,8 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
     # A prompt makes documents longer than their positions say, which only a mask can follow.
     attention = model.attention if params.method != "prompt" or model.attention == "eager" else "sdpa"
     loaded = load_model(base, model.quantization, training=True, attention=attention)
-    if bits < 16:
-        from peft import prepare_model_for_kbit_training
-
-        # Checkpointing of activations is the Trainer's. A 16-bit base would be copied to fp32 here: it stays as it is.
-        loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
+    refuse_spread(loaded)
+    prepare_for_adapters(loaded, model.quantization)
     set_seed(params.seed)
     if params.method != "lora":
         return _yardstick(params, loaded)
@@ -153,8 +158,9 @@ def _lora_config(params: TrainParams, loaded: Any, base: Base, expected: list[st
         embeddings = (loaded.get_input_embeddings(), loaded.get_output_embeddings())
         tied = loaded.config.get_text_config().tie_word_embeddings
         extra["ensure_weight_tying"] = tied and any(m is e for m in modules.values() for e in embeddings)
-    if params.trainable_tokens:
-        extra["trainable_token_indices"] = _token_ids(params.trainable_tokens, base)
+    new = {} if base is None else base.new_tokens
+    if params.trainable_tokens or new:
+        extra["trainable_token_indices"] = _token_rows(params, loaded, base, sorted(new.values()))
     return LoraConfig(
         r=params.rank,
         lora_alpha=params.alpha,
@@ -171,6 +177,19 @@ def _lora_config(params: TrainParams, loaded: Any, base: Base, expected: list[st
     )
 
 
+def _token_rows(params: TrainParams, loaded: Any, base: Base, new: list[int]) -> list[int] | dict[str, list[int]]:
+    """Rows of embeddings to train: of tied ones the input's; else new tokens are trained at both ends.
+
+    What the output layer never learnt to say, a trained input alone cannot make it say.
+    """
+    ids = sorted({*(_token_ids(params.trainable_tokens, base) if params.trainable_tokens else []), *new})
+    ends = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    if not new or ends[1] is None or ends[0].weight is ends[1].weight:
+        return ids
+    names = [next(name for name, module in loaded.named_modules() if module is end) for end in ends]
+    return {names[0]: ids, names[1]: new}
+
+
 def _token_ids(tokens: list[str], base: Base) -> list[int]:
     tokenizer = load_tokenizer(base)
     known = tokenizer.get_vocab()
@@ -179,7 +198,7 @@ def _token_ids(tokens: list[str], base: Base) -> list[int]:
         raise ParamsError(
             f"train.trainable_tokens: {', '.join(map(repr, unknown))} is no token of this base's tokenizer; "
             f"its added tokens: {', '.join(sorted(tokenizer.get_added_vocab())) or 'none'}",
-            fix="name tokens that it has; to add new ones, save an extended base (tokenizer and resized embeddings)",
+            fix="name tokens that it has; to add new ones, name them in model.new_tokens",
         )
     return sorted({known[token] for token in tokens})
 

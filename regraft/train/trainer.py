@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from regraft.artifacts import commit_dir, digest_file, digest_json, write_json
 from regraft.errors import ParamsError, Preempted, RegraftError
 from regraft.failpoints import failpoint
 from regraft.model.adapter import load_parameters
+from regraft.model.check import TOKENIZER
 from regraft.model.load import Base, compute_dtype, device, load_tokenizer, open_base
 from regraft.model.params import ModelParams
 from regraft.train import crew
@@ -92,6 +94,8 @@ def train(
                 digest = trainee.save(
                     folder / FOLDERS[params.method], base_name=opened.name, dtype=params.adapter_dtype
                 )
+                if opened.extended is not None and params.method == "lora":
+                    _copy_tokenizer(opened.extended, folder / FOLDERS["lora"])
                 (folder / "metrics.jsonl").write_bytes(store.metrics.read_bytes())
                 report = _report(params, model, opened, blocks, progress, trainee, digest)
                 report.save(folder / "report.json")
@@ -103,6 +107,13 @@ def train(
         if measurements is not None:
             write_json(measurements, measured(new, started, begun, trained, resumed, speed))
     return report
+
+
+def _copy_tokenizer(extended: Path, adapter: Path) -> None:
+    """Put an extended tokenizer beside an adapter: its new tokens are of no use without."""
+    for name in TOKENIZER:
+        if (extended / name).is_file():
+            shutil.copyfile(extended / name, adapter / name)
 
 
 def planned_steps(params: TrainParams, blocks: int) -> int:
