@@ -153,7 +153,13 @@ def load_parameters(wanted: "Mapping[str, nn.Parameter]", file: Path | bytes) ->
         for key, parameter in wanted.items():
             if parameter.shape != loaded[key].shape:
                 raise DamagedArtifact(f"{name}: {key} is {tuple(loaded[key].shape)}, expected {tuple(parameter.shape)}")
-            parameter.copy_(loaded[key])
+            shared: Any = parameter
+            value = loaded[key]
+            if hasattr(shared, "device_mesh"):  # this process holds a part of it
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value.to(shared.device), shared.device_mesh, shared.placements)
+            parameter.copy_(value)
 
 
 def save_adapter(model: "PeftModel", folder: Path, *, base_name: str, dtype: str = "fp32") -> str:
@@ -193,7 +199,7 @@ def adapter_config(model: "PeftModel", base_name: str) -> bytes:
 def lora_layers(model: "PeftModel") -> dict[str, Any]:
     """Return PEFT's layers that carry an A and a B, by their path in the base."""
     return {
-        name.removeprefix(PREFIX): module
+        name.removeprefix(PREFIX).replace("_checkpoint_wrapped_module.", ""): module  # FSDP's own checkpointing
         for name, module in sorted(model.named_modules())
         if hasattr(module, "lora_A") and hasattr(module, "base_layer")
     }

@@ -96,6 +96,7 @@ def load_model(
     training: bool,
     attention: str = "sdpa",
     gpu_memory: float | None = None,
+    sharded: bool = False,
 ) -> "PreTrainedModel":
     """Load the base model onto the first GPU, or the CPU where there is none; its weights are frozen.
 
@@ -106,6 +107,7 @@ def load_model(
         attention: `model.attention`; the kernels for packed blocks are used only in training.
         gpu_memory: GiB that the weights of an int8 base may take of the GPU; the layers beyond it lie in the host's
             memory, unquantised, and come to the GPU when they compute. Not for training. Without a GPU it means nothing.
+        sharded: load into the host's memory, to be shared out over several GPUs; 4-bit weights in a floating type.
 
     Raises:
         ParamsError: `gpu_memory` for training, for a base that is not int8, or too small for anything.
@@ -120,7 +122,10 @@ def load_model(
     config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
     kernel = implementation(attention, training=training, dtype=_dtype(quantization), config=config)
     settings = _quantized(quantization)
-    placement: dict[str, Any] = {"": device()}
+    placement: dict[str, Any] = {"": "cpu" if sharded else device()}
+    if sharded and quantization is not None and quantization.bits == 4:
+        # FSDP shares out floating types only, and those of a group as one: the type of all other weights.
+        settings["quantization_config"].bnb_4bit_quant_storage = settings["dtype"]
     if gpu_memory is not None and (place := _gpu()) is not None:
         placement = placed(config, quantization, int(gpu_memory * 2**30), place)
         settings["quantization_config"].llm_int8_enable_fp32_cpu_offload = True

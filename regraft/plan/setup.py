@@ -52,6 +52,8 @@ class Setup:
     """Trained tokens whose logits are held at once (`logits_chunk`, or `kernels: fused` on a GPU); None for all."""
     unquantized_fp32: bool = False
     """What stays unquantised of a 4- or 8-bit base is cast to fp32, and with it the stream between layers."""
+    shards: int = 1
+    """Processes that base, adapter, gradients and optimizer are shared out over (`sharding: full`)."""
     on_gpu: bool = True
     """A CPU has no context of a driver and no workspace of cuBLAS, but the libraries count."""
 
@@ -91,6 +93,7 @@ def setup_from(
         chunk=train.logits_chunk
         or (CHUNK if train.kernels == "fused" and on_gpu and train.method != "prompt" else None),
         unquantized_fp32=keeps_fp32(quantization.unquantized, fp16=quantization.compute_dtype == "fp16"),
+        shards=train.processes if train.sharding == "full" else 1,
         on_gpu=on_gpu,
         targets=targets if isinstance(targets, str) else tuple(targets),
         dropout=train.dropout > 0,

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DamagedArtifact, ParamsError
 from regraft.model.adapter import (
+    CONFIG,
     WEIGHTS,
+    adapter_bytes,
+    adapter_config,
     adapter_digest,
     adapter_parameters,
     attach,
@@ -16,7 +19,6 @@ from regraft.model.adapter import (
     load_parameters,
     lora_layers,
     matches,
-    save_adapter,
 )
 from regraft.model.load import (
     Base,
@@ -67,7 +69,10 @@ class Trainee:
             self.start.save(self.model, folder, base_name=base_name, dtype=dtype)
             return adapter_digest(folder)
         if self.method == "lora":
-            return save_adapter(self.model, folder, base_name=base_name, dtype=dtype)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).write_bytes(adapter_config(self.model, base_name))
+            (folder / WEIGHTS).write_bytes(adapter_bytes(self.parameters, dtype))
+            return adapter_digest(folder)
         from regraft.artifacts import digest_file, digest_json
 
         self.model.save_pretrained(folder)
@@ -93,10 +98,11 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
     from transformers import set_seed
 
     bits = model.quantization.bits
-    _check(params, bits)
+    _check(params, bits, base)
     # A prompt makes documents longer than their positions say, which only a mask can follow.
     attention = model.attention if params.method != "prompt" or model.attention == "eager" else "sdpa"
-    loaded = load_model(base, model.quantization, training=True, attention=attention)
+    sharded = {"sharded": True} if params.sharding == "full" else {}
+    loaded = load_model(base, model.quantization, training=True, attention=attention, **sharded)
     refuse_spread(loaded)
     prepare_for_adapters(loaded, model.quantization)
     set_seed(params.seed)
@@ -125,8 +131,11 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
     return Trainee(peft_model, parameters, "lora", expected, bare, unquantized, start)
 
 
-def _check(params: TrainParams, bits: int) -> None:
+def _check(params: TrainParams, bits: int, base: Base | None) -> None:
     problems = []
+    if params.sharding == "full" and (bits == 8 or (base is not None and base.new_tokens)):
+        found = "model.quantization.bits 8" if bits == 8 else "model.new_tokens"
+        problems.append(f"train.sharding: found full with {found}, expected it without")
     if params.init in ("pissa", "olora") and bits < 16:
         problems.append(
             f"train.init: found {params.init}, which changes the base, and a {bits}-bit one can't be changed back; "

@@ -23,6 +23,7 @@ from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import IGNORE, batches, moved
 from regraft.train.loss import CHUNK, can_chunk, chunked_loss, summed_loss
 from regraft.train.params import TrainParams
+from regraft.train.shard import follow_shards, gathered, load_states, whole, whole_states
 from regraft.train.speed import Speed
 from regraft.train.stop import StopRequest
 
@@ -91,6 +92,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.held_out = held_out
         self.best: bytes | None = None
         self._chunk = _logits_chunk(params, trainee)
+        self._sharded = params.sharding == "full"
         self.grad_norm = self.learning_rate = 0.0
         self._loss = torch.zeros(())
         self._seen = self._computed = self._skipped = 0
@@ -159,7 +161,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingDiverged: one of them is not finite.
         """
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         step = self.state.global_step + 1
         counted = torch.tensor([self._seen, self._computed], dtype=torch.float64, device=self._loss.device)
         loss, self.grad_norm, seen, computed = torch.cat(
@@ -188,10 +190,30 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.progress.computed += int(computed)
         return norm
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._sharded:
+            follow_shards(self.model, self.trainee.parameters)
+        return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_states(self.optimizer, torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._sharded:
+            follow_shards(self.model, self.trainee.parameters)
         load_parameters(self.trainee.parameters, Path(resume_from_checkpoint) / ADAPTER)
         best = Path(resume_from_checkpoint) / BEST
         self.best = best.read_bytes() if best.exists() else None
+
+    def adapter(self) -> bytes:
+        """All that is trained, as the bytes of a file; every process must ask for it."""
+        parameters = self.trainee.parameters
+        return adapter_bytes(gathered(parameters) if self._sharded else parameters)
 
     def snapshot(self) -> dict[str, bytes]:
         """Everything that the next step depends on, as files that the Trainer finds again when it resumes."""
@@ -203,7 +225,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.random.get_rng_state()
         states = {
-            "optimizer.pt": self.optimizer.state_dict(),
+            "optimizer.pt": whole_states(self.optimizer) if self._sharded else self.optimizer.state_dict(),
             "scheduler.pt": self.lr_scheduler.state_dict(),
             **_by_process(rng),
         }
@@ -214,7 +236,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             extra[START] = adapter_bytes(self.trainee.start.tensors)
         return {
             **extra,
-            ADAPTER: adapter_bytes(self.trainee.parameters),
+            ADAPTER: self.adapter(),
             PROGRESS: self.progress.to_bytes(),
             "trainer_state.json": (json.dumps(dataclasses.asdict(self.state), sort_keys=True) + "\n").encode(),
             **{name: _saved(state) for name, state in states.items()},
@@ -271,7 +293,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.progress.held_out.append((step, loss))
         best = self.progress.best_step
         if best == step and self.params.keep == "best":
-            trainer.best = adapter_bytes(trainer.trainee.parameters)
+            trainer.best = trainer.adapter()
         since = sum(each > (best or 0) for each, _ in self.progress.held_out)
         if self.params.early_stopping is not None and since >= self.params.early_stopping:
             self.progress.stopped_early = True

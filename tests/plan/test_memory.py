@@ -277,3 +277,19 @@ def test_exaone_trains_at_1024_tokens_in_4_gb_by_what_is_not_cast_and_by_fewer_l
     assert cast.unquantized - kept.unquantized == 2 * (embedding + 61 * 2560)
     assert kept.logits - fewer.logits == 12 * 102400 * (1024 - 256)
     assert (cast.total > 4.9e9, kept.total < 4e9, fewer.total < 3e9) == (True, True, True)
+
+
+def test_a_base_that_is_shared_out_takes_its_share_and_what_is_gathered_for_a_moment() -> None:
+    model = architecture({"model_type": "llama", **{**LLAMA, "num_hidden_layers": 40, "hidden_size": 1024}})
+    whole = predict(model, Setup(batch=1))
+    for shards in (2, 8):
+        found = predict(model, Setup(batch=1, shards=shards))
+        for part in ("unquantized", "adapter", "gradients", "optimizer"):
+            assert getattr(found, part) == -(-getattr(whole, part) // shards)
+        assert whole.base / shards < found.base < 1.05 * whole.base / shards + whole.base / 25  # scales stay whole
+        assert (found.activations, found.logits) == (whole.activations, whole.logits)
+        assert found.workspace > whole.workspace
+        assert found.total < whole.total
+    train = TrainParams(max_steps=1, processes=4, sharding="full")
+    assert setup_from(train, ModelParams(), length=128).shards == 4
+    assert setup_from(train.model_copy(update={"sharding": "none"}), ModelParams(), length=128).shards == 1
