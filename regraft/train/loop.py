@@ -23,7 +23,7 @@ from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import IGNORE, batches, moved
 from regraft.train.loss import CHUNK, can_chunk, chunked_loss, summed_loss
 from regraft.train.params import TrainParams
-from regraft.train.shard import follow_shards, gathered, load_states, whole, whole_states
+from regraft.train.shard import enable_sharding, follow_shards, gathered, load_states, whole, whole_states
 from regraft.train.speed import Speed
 from regraft.train.stop import StopRequest
 
@@ -189,6 +189,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.progress.seen += int(seen)
         self.progress.computed += int(computed)
         return norm
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's, which leaves sharding to accelerate."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and getattr(self.accelerator.state, "fsdp_plugin", None) is None:
+            enable_sharding(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled: bool = True
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)

@@ -32,6 +32,14 @@ def fsdp_arguments(params: TrainParams) -> dict[str, Any]:
     }
 
 
+def enable_sharding(accelerator: Any, settings: dict[str, Any]) -> None:
+    """Make accelerate share out on a CPU, too: it drops its plugin there, and would train whole copies without a word."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
+
+
 def follow_shards(model: Any, parameters: "MutableMapping[str, torch.nn.Parameter]") -> None:
     """Put the shards that took their places into a dict of trained parameters, and scales beside the weights."""
     from torch.distributed.fsdp import FSDPModule
