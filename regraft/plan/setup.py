@@ -68,7 +68,7 @@ class Setup:
 
 
 def setup_from(
-    train: TrainParams, model: ModelParams, *, length: int, trained: float = 1.0, on_gpu: bool = True
+    train: TrainParams, model: ModelParams, *, length: int, trained: float = 1.0, on_gpu: bool = True, bf16: bool = True
 ) -> Setup:
     """Read a setup out of the parameters.
 
@@ -78,10 +78,12 @@ def setup_from(
         length: tokens of a packed block.
         trained: share of the tokens that carry a loss; 1 where that is not known yet.
         on_gpu: `compute_dtype: auto` is 16 bits there, and fp32 on a CPU.
+        bf16: the GPU computes in bf16; where it cannot, `auto` is fp16, and what stays unquantised is cast to fp32.
     """
     quantization = model.quantization
     targets = train.target_modules
     sixteen = quantization.compute_dtype in ("bf16", "fp16") or (quantization.compute_dtype == "auto" and on_gpu)
+    fp16 = quantization.compute_dtype == "fp16" or (quantization.compute_dtype == "auto" and on_gpu and not bf16)
     return Setup(
         bits=quantization.bits,
         double_quant=quantization.double_quant,
@@ -92,7 +94,7 @@ def setup_from(
         rank_pattern=tuple(train.rank_pattern.items()),
         chunk=train.logits_chunk
         or (CHUNK if train.kernels == "fused" and on_gpu and train.method != "prompt" else None),
-        unquantized_fp32=keeps_fp32(quantization.unquantized, fp16=quantization.compute_dtype == "fp16"),
+        unquantized_fp32=keeps_fp32(quantization.unquantized, fp16=fp16),
         shards=train.processes if train.sharding == "full" else 1,
         on_gpu=on_gpu,
         targets=targets if isinstance(targets, str) else tuple(targets),

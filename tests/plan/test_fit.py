@@ -147,6 +147,39 @@ def test_what_is_no_size_is_refused(size: str) -> None:
         card_of_size(size)
 
 
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("rtx2060", False),
+        ("t4", False),
+        ("Tesla T4", False),
+        ("NVIDIA GeForce RTX 2080 Ti", False),
+        ("v100-32gb", False),
+        ("gtx1660", False),
+        ("NVIDIA GeForce RTX 4090", True),
+        ("rtx3050", True),
+        ("NVIDIA H200", True),
+        ("6 GiB", True),
+        ("NVIDIA L4", True),
+        ("a40", True),
+        ("rtx4060ti", True),
+    ],
+)
+def test_a_card_before_ampere_computes_in_fp16_and_holds_the_rest_of_its_base_in_fp32(name: str, bf16: bool) -> None:
+    from regraft.model.params import ModelParams
+    from regraft.plan.cards import Card
+    from regraft.plan.setup import setup_from
+    from regraft.train.params import TrainParams
+
+    card = Card(name, GIB)
+    assert card.bf16 is bf16
+    setup = setup_from(TrainParams(max_steps=1), ModelParams(), length=128, bf16=card.bf16)
+    assert setup.unquantized_fp32 is not bf16
+    assert not setup_from(
+        TrainParams(max_steps=1), ModelParams(), length=128, on_gpu=False, bf16=False
+    ).unquantized_fp32
+
+
 def test_a_card_is_known_by_any_usual_spelling() -> None:
     assert card_named("NVIDIA GeForce RTX 3050").bytes == card_named("rtx3050").bytes == 8 * GIB
     with pytest.raises(ParamsError, match=r"no card 'voodoo2' in the table: rtx2060"):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from regraft.errors import Exit
+from regraft.errors import Exit, RegraftError
 from regraft.model.params import ModelParams, Quantization
 from regraft.train import crew
 from regraft.train.params import TrainParams
@@ -131,7 +131,8 @@ def test_two_processes_that_share_the_base_out_make_the_steps_of_one_that_has_it
 def test_a_shared_out_training_that_is_stopped_ends_as_if_undisturbed(
     tmp_path: Path, pinned: Path, dataset: Path
 ) -> None:
-    params = SHARED.model_copy(update={"max_steps": 60, "checkpoint_every": 10, "gradient_checkpointing": True})
+    changes = {"max_steps": 60, "checkpoint_every": 10, "gradient_checkpointing": True}
+    params = SHARED.model_copy(update={**changes, "validation_share": 0.2, "validate_every": 20, "keep": "best"})
     whole = clone(tmp_path / "whole", pinned, dataset, params)
     assert ended(start(whole)) == 0
     folder = clone(tmp_path / "stopped", pinned, dataset, params)
@@ -145,6 +146,20 @@ def test_a_shared_out_training_that_is_stopped_ends_as_if_undisturbed(
     assert ended(start(folder)) == 0
     adapters = [each / "data/work/train/adapter/adapter_model.safetensors" for each in (whole, folder)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_a_base_that_was_not_shared_out_is_refused(tiny_base: Path) -> None:
+    """accelerate drops its plugin on a CPU: without this, copies of the whole base would pass for shares."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from regraft.model.adapter import adapter_parameters, attach
+    from regraft.train.shard import follow_shards
+
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = attach(AutoModelForCausalLM.from_pretrained(tiny_base), config)
+    with pytest.raises(RegraftError, match="layers were not shared out one by one"):
+        follow_shards(model, adapter_parameters(model))
 
 
 @pytest.mark.parametrize(
