@@ -2,8 +2,7 @@
 
     python bench/gpu/sharded.py [--shape 8b] [--processes 2] [--steps 5] [--out FOLDER] [--tiny]
 
-**Unproved on GPUs**: where this was written there was none, and an H200 alone is not enough. It runs the stage `train` itself
-under torchrun: once in one process (where `--alone` says that the base fits one card), then in all of them with
+**Unproved on GPUs**: it needs two cards at least, and only its dry run was run. It runs the stage `train` itself under torchrun: once in one process (where `--alone` says that the base fits one card), then in all of them with
 `sharding: full`. `--tiny` is the dry run, two processes on a CPU.
 """
 
