@@ -7,7 +7,8 @@
 The trainer appends `metrics.jsonl` and knows nothing of MLflow. A thread of its *caller* reads that file and sends
 what is new; a server that refuses or hangs costs that thread its time and nobody else. What was not sent is sent at
 the end (20 s at most), by the next tail, or by `register`. A step is logged once: before anything is sent over a new
-or broken connection, the server is asked which steps it has.
+or broken connection, the server is asked which steps it has. `speed.jsonl` beside that file (tokens and operations a second,
+share of the GPU's peak, memory) is followed likewise, its metrics under `speed/`.
 
 Covered: outages, answers lost after the server had committed, kill -9 of either process, a resume that rewinds the
 file. Not covered: two tails that follow one training at once (they are callers, and callers hold its lock).
@@ -33,6 +34,8 @@ log = logging.getLogger("regraft.tracking")
 
 TAG = "regraft.training"
 """Tag of the run that follows a training; its value is the training's key."""
+SPEED = "speed/"
+"""What the names of metrics begin with that say how fast training went and what it took."""
 POLL = 2.0
 """Seconds between looks at the file; a person who watches a curve needs no more."""
 LAST_WORD = 20.0
@@ -47,6 +50,8 @@ class Curve:
     """Reads a `metrics.jsonl` that grows, and is cut when training resumes; each complete line is one step."""
 
     path: Path
+    prefix: str = ""
+    """What the names of its metrics begin with."""
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
     _offset: int = 0
     _last: bytes = b""
@@ -73,7 +78,7 @@ class Curve:
         try:
             values = json.loads(line)
             step = int(values.pop("step"))
-            self.steps[step] = {name: float(value) for name, value in values.items() if _is_number(value)}
+            self.steps[step] = {self.prefix + name: float(v) for name, v in values.items() if _is_number(v)}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("%s: a line is not a step and is passed over: %s", self.path, error)
 
@@ -140,7 +145,23 @@ class MetricsTail:
             before, self._sender = self._sender, _Sender(self._params, self._layout, key)
             if before is not None:
                 before.send("KILLED")  # it was left for a training from other inputs
-        self._sender.curve.read()
+        self._sender.read()
+
+
+@dataclass
+class _Stream:
+    """One file of a training, and which of its steps the server has."""
+
+    curve: Curve
+    always: str
+    """A metric that every step of it has."""
+    sent: set[int] = field(default_factory=set)
+    last: int = -1
+    """Every step up to this one was acknowledged once; a hint that spares asking."""
+
+    def pending(self) -> list[int]:
+        """Steps that were read and not acknowledged, in order."""
+        return sorted(step for step in list(self.curve.steps) if step > self.last and step not in self.sent)
 
 
 class _Sender:
@@ -149,29 +170,39 @@ class _Sender:
     def __init__(self, params: RegisterParams, layout: Layout, key: str) -> None:
         self.key = key
         self.run_id: str | None = None
-        self.curve = Curve(live_metrics(layout, key))
+        self._file = live_metrics(layout, key)
+        speed = self._file.with_name("speed.jsonl")
+        self._streams = {
+            "last": _Stream(Curve(self._file), "loss"),
+            "last_speed": _Stream(Curve(speed, SPEED), f"{SPEED}tokens_per_second"),
+        }
         self._params = params
         self._note = layout.work / "tracking" / f"{key[:16]}.json"
         self._service = Service.of(params, layout)
         self._service.timeout, self._service.patience = _CALL, LAST_WORD
         self._status: str | None = None
         self._sure = False
-        self._sent: set[int] = set()
-        self._last = -1  # every step up to this one was acknowledged once; a hint that spares asking
         try:
             note = read_json(self._note)
             if note["key"] == key:
-                self.run_id, self._status, self._last = note["run_id"], note["status"], int(note["last"])
+                self.run_id, self._status = note["run_id"], note["status"]
+                for name, stream in self._streams.items():
+                    stream.last = int(note.get(name, -1))
         except (RegraftError, KeyError, TypeError, ValueError):
             log.debug("%s: nothing sent so far", key[:16])
 
-    def pending(self) -> list[int]:
-        """Steps that were read and not acknowledged, in order."""
-        return sorted(step for step in list(self.curve.steps) if step > self._last and step not in self._sent)
+    def read(self) -> None:
+        """Take in what is new in the training's files."""
+        for stream in self._streams.values():
+            stream.curve.read()
+
+    def pending(self) -> set[int]:
+        """Steps that were read and not acknowledged."""
+        return {step for stream in self._streams.values() for step in stream.pending()}
 
     def send(self, status: str | None) -> None:
         """Send what is pending, then the run's end if it has ended. Nothing to send asks nobody and imports nothing."""
-        if self.curve.path.with_name("finished.json").exists():
+        if self._file.with_name("finished.json").exists():
             status = "FINISHED"
         if not self.pending() and (status is None or status == self._status or self.run_id is None):
             return
@@ -185,19 +216,21 @@ class _Sender:
     def _send(self, service: Service, status: str | None) -> None:
         if not self._sure:
             self.run_id, self._status = training_run(service, self._params, self.key)
-            self._sent, self._last = logged_steps(service, self.run_id), -1
+            for stream in self._streams.values():
+                stream.sent, stream.last = logged_steps(service, self.run_id, stream.always), -1
             self._sure = True
         assert self.run_id is not None
-        pending = self.pending()
-        if pending and self._status != "RUNNING":
+        if self.pending() and self._status != "RUNNING":
             service.ask("update_run", self.run_id, status="RUNNING")
             self._status = "RUNNING"
-        log_steps(service, self.run_id, {step: self.curve.steps[step] for step in pending}, self._sent)
+        for stream in self._streams.values():
+            steps = {step: stream.curve.steps[step] for step in stream.pending()}
+            log_steps(service, self.run_id, steps, stream.sent)
         if status is not None and status != self._status:
             service.ask("set_terminated", self.run_id, status)
             self._status = status
-        last = max(self._sent, default=-1)
-        write_json(self._note, {"key": self.key, "run_id": self.run_id, "status": self._status, "last": last})
+        last = {name: max(stream.sent, default=-1) for name, stream in self._streams.items()}
+        write_json(self._note, {"key": self.key, "run_id": self.run_id, "status": self._status, **last})
 
 
 def current_key(layout: Layout) -> str | None:
@@ -236,10 +269,10 @@ def training_run(service: Service, params: RegisterParams, key: str) -> tuple[st
     return str(run.info.run_id), str(run.info.status)
 
 
-def logged_steps(service: Service, run_id: str) -> set[int]:
-    """Return the steps whose loss a run has; a step's values are sent in one call, so it has all of them."""
+def logged_steps(service: Service, run_id: str, metric: str = "loss") -> set[int]:
+    """Return the steps for which a run has a metric; a step's values are sent in one call, so it has all of them."""
     try:
-        return {int(each.step) for each in service.ask("get_metric_history", run_id, "loss")}
+        return {int(each.step) for each in service.ask("get_metric_history", run_id, metric)}
     except Answer as answer:
         if answer.code == "RESOURCE_DOES_NOT_EXIST":
             return set()

@@ -73,9 +73,10 @@ def step(config: Any, setup: Setup) -> dict[str, int]:
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, _quantized(model.get_submodule(name)))
             model.is_loaded_in_4bit = True
-            for parameter in model.parameters():
-                if parameter.dtype == torch.bfloat16:
-                    parameter.data = parameter.data.float()
+            if setup.unquantized_fp32:
+                for parameter in model.parameters():
+                    if parameter.dtype == torch.bfloat16:
+                        parameter.data = parameter.data.float()
         model.requires_grad_(False)
         found["base"] = held.now
         stay = patch.object(torch.nn.Module, "to", lambda self, *a, **k: self)
@@ -88,6 +89,10 @@ def step(config: Any, setup: Setup) -> dict[str, int]:
         found["adapter"] = held.now - found["base"]
         if setup.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # as in all but the first of accumulated batches
+                parameter.grad = torch.zeros_like(parameter)
+        found["gradients"] = held.now - found["base"] - found["adapter"]
         before = held.now
         held.peak = before
         with _as_on_a_gpu():
@@ -107,8 +112,8 @@ def _loss(model: Any, setup: Setup) -> torch.Tensor:
     rows, columns = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
     labels = torch.zeros(setup.batch, setup.length + 1, dtype=torch.long)
     with patch.object(torch.Tensor, "nonzero", lambda self, **_: (rows, columns)):
-        loss = chunked_loss if setup.chunked else summed_loss
-        return loss(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        return summed_loss(model, batch) if setup.chunk is None else chunked_loss(model, batch, setup.chunk)
 
 
 @contextlib.contextmanager

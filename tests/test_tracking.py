@@ -108,6 +108,30 @@ def test_a_resumed_training_goes_on_in_the_same_run_and_repeats_no_step(layout: 
     assert run_of(layout).info.status == "FINISHED"
 
 
+def speeds(layout: Layout, *numbers: int) -> None:
+    """Append to `speed.jsonl`, as the trainer does; it is never cut, so a resume repeats steps."""
+    with (layout.checkpoints / KEY[:16] / "speed.jsonl").open("a") as file:
+        for n in numbers:
+            line = {"step": n, "tokens_per_second": 100.0 * n, "useful_tokens_per_second": 90.0 * n, "mfu": None}
+            file.write(json.dumps(line) + "\n")
+
+
+def test_speed_and_memory_are_in_mlflow_live_each_step_once_however_often_it_was_trained(layout: Layout) -> None:
+    clones.live(layout, KEY, steps(1, 2, 3))
+    speeds(layout, 2, 3)
+    with pytest.raises(Preempted), tail(layout):
+        raise Preempted("stopped")
+    speeds(layout, 3)  # again, after the resume
+    with tail(layout) as following:
+        speeds(layout, 4)
+        until(lambda: following.run_id is not None and following.unsent == 0)
+        clones.live(layout, KEY, steps(1, 2, 3, 4))
+    assert logged(layout, "speed/tokens_per_second") == [(2, 200.0), (3, 300.0), (4, 400.0)]
+    assert logged(layout, "speed/useful_tokens_per_second") == [(2, 180.0), (3, 270.0), (4, 360.0)]
+    assert "speed/mfu" not in run_of(layout).data.metrics  # of a CPU
+    assert [step for step, _ in logged(layout)] == [1, 2, 3, 4]
+
+
 def test_a_failed_training_ends_its_run_as_failed(layout: Layout) -> None:
     clones.live(layout, KEY, steps(1))
     with pytest.raises(ValueError, match="broken"), tail(layout):

@@ -3,7 +3,7 @@
     python bench/gpu/memory.py [--out FOLDER] [--tiny]
 
 The cap is `torch.cuda.set_per_process_memory_fraction`: torch refuses to allocate more. NF4 with double quantisation,
-rank 16 on all linear layers, checkpointed activations, `paged_adamw_8bit`, one block at a time, the same batch at every
+rank 16 on all linear layers, checkpointed activations, logits of 256 tokens at once, `paged_adamw_8bit`, one block at a time, the same batch at every
 step so that a falling loss shows that it learns. Lengths are tried from the longest on.
 """
 
@@ -51,6 +51,7 @@ def longest(shape: str, cap: float, lengths: tuple[int, ...], *, steps: int) -> 
         batch_size=1,
         rank=16,
         gradient_checkpointing=True,
+        logits_chunk=256,
         optimizer="paged_adamw_8bit",
         learning_rate=1e-3,
     )

@@ -102,7 +102,7 @@ def _score_all(
 
     clock = time.monotonic()
     tokenizer = load_tokenizer(opened)
-    model: Any = load_model(opened, quantization, training=False, attention=attention)
+    model: Any = load_model(opened, quantization, training=False, attention=attention, gpu_memory=params.gpu_memory)
     seconds = {"load": time.monotonic() - clock}
     scores: dict[str, AdapterScores] = {}
     with commit_dir(out) as made:
@@ -147,7 +147,7 @@ def _score_all(
             )
         report.save(made / "report.json")
     if measurements is not None:
-        device = str(next(model.parameters()).device)
+        device = str(model.device)
         write_json(
             measurements,
             {

@@ -1,14 +1,16 @@
 """Parameters of evaluation."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from regraft.params import Section
+from regraft.late import LateFields
 
 
-class EvaluateParams(Section):
+class EvaluateParams(LateFields):
     """How adapters are scored on the holdout: teacher-forced loss and greedy answers."""
+
+    LATE: ClassVar[frozenset[str]] = frozenset({"gpu_memory"})
 
     batch_size: int = Field(default=128, ge=1, le=8192)
     """Rows that go through the model at once, at most; 1 to 8192. Only speed and memory depend on it."""
@@ -31,3 +33,8 @@ class EvaluateParams(Section):
 
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of torch; null leaves its choice. Sums depend on it, so equal bytes need an equal number."""
+
+    gpu_memory: float | None = Field(default=None, gt=0, le=4096)
+    """GiB of the GPU that the base's weights may take, up to 4096; the layers beyond it lie unquantised in the host's
+    memory and come to the GPU when they compute, which is slow. Only with `model.quantization.bits: 8`, and never for
+    training; null keeps the base on one device."""

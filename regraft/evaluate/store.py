@@ -39,7 +39,7 @@ class Stored:
 
 def params_digest(params: EvaluateParams, quantization: Quantization) -> str:
     """Return the digest of the parameters that answers depend on (batch sizes, threads and slices are none)."""
-    answers = params.model_dump(mode="json", include={"max_new_tokens", "max_rows", "json_answers"})
+    answers = params.model_dump(mode="json", include={"max_new_tokens", "max_rows", "json_answers", "gpu_memory"})
     return digest_json({"evaluate": answers, "quantization": quantization.model_dump(mode="json")})
 
 

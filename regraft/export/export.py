@@ -29,7 +29,7 @@ from regraft.evaluate.holdout import holdout_digest, read_holdout
 from regraft.evaluate.params import EvaluateParams
 from regraft.export.card import model_card
 from regraft.export.certificate import CERTIFICATE, LINEAGE, README, choose, judge, judge_forms, verify_export
-from regraft.export.folder import licence_files, licence_name, write_companions
+from regraft.export.folder import licence_files, licence_name, write_companions, write_tokenizer
 from regraft.export.formats import make_form
 from regraft.export.merge import Plan, merge, plan_merge, read_config
 from regraft.export.params import ExportParams, Source, split_source
@@ -123,7 +123,7 @@ def export(
                 quantization=quantization,
                 evaluate=evaluate,
                 rows=params.rows,
-                entrants=[_candidate(source, plans[source], params, quantization, work) for source in sources],
+                entrants=[_candidate(source, plans[source], params, quantization, work, opened) for source in sources],
                 scratch=work.absolute(),
                 out=(work / "scores.json").absolute(),
             )
@@ -212,7 +212,9 @@ def _check_disk(missing: list[Plan], dataset: Path, params: ExportParams, work: 
         )
 
 
-def _candidate(source: Source, plan: Plan, params: ExportParams, quantization: Quantization, work: Path) -> Entrant:
+def _candidate(
+    source: Source, plan: Plan, params: ExportParams, quantization: Quantization, work: Path, base: Base
+) -> Entrant:
     """Merge one candidate into `work`, unless a killed export left it whole."""
     from regraft.model.load import compute_dtype
 
@@ -233,6 +235,8 @@ def _candidate(source: Source, plan: Plan, params: ExportParams, quantization: Q
         with commit_dir(folder) as temporary:
             merge(plan, temporary, weights=weights, partial=shards, key=source, survival=survival)
             write_companions(plan, temporary, dtype=dtype)
+            if base.extended is not None:
+                write_tokenizer(plan, temporary, tokenizer=base.extended)
             layers = survival.layers
             write_json(beside, [each.model_dump() for each in layers])
         shutil.rmtree(shards, ignore_errors=True)

@@ -44,13 +44,19 @@ def write_companions(plan: Plan, out: Path, *, dtype: str) -> None:
         shutil.copyfile(path, target)
 
 
-def write_tokenizer(plan: Plan, out: Path) -> None:
+def write_tokenizer(plan: Plan, out: Path, *, tokenizer: Path | None = None) -> None:
     """Put the adapter's own tokenizer in place of the base's, if it has one (added tokens, another chat template).
+
+    Args:
+        plan: the merge.
+        out: the merged folder, with the base's tokenizer.
+        tokenizer: folder of another tokenizer that counts instead.
 
     Raises:
         DamagedArtifact: the tokenizer has tokens that the embedding has no row for.
     """
     owners = [each.folder for each in plan.adapters if any((each.folder / name).is_file() for name in _VOCABULARIES)]
+    owners += [tokenizer] if tokenizer is not None else []
     if owners:
         for pattern in TOKENIZER_FILES:
             for path in out.glob(pattern):

@@ -21,6 +21,7 @@ from regraft.export.sources import quantized_modules, round_trip
 from regraft.export.survival import Survival, Survived
 from regraft.export.tensors import Reader
 from regraft.failpoints import failpoint
+from regraft.model.check import TOKENIZER
 from regraft.model.params import Quantization
 from regraft.model.pin import TOKENIZER_FILES
 
@@ -46,8 +47,13 @@ def make_form(form: Form, merged: Path, plan: Plan, folder: Path) -> list[Surviv
     layers: list[Survived] = []
     with commit_dir(folder) as temporary:
         if form == "adapter":
+            own = plan.adapters[0].folder
             for name in (CONFIG, WEIGHTS):
-                shutil.copyfile(plan.adapters[0].folder / name, temporary / name)
+                shutil.copyfile(own / name, temporary / name)
+            if (own / TOKENIZER[0]).is_file():  # tokens that the base lacks
+                for name in TOKENIZER:
+                    if (merged / name).is_file():
+                        shutil.copyfile(merged / name, temporary / name)
         elif form in _BITS:
             _bitsandbytes(_BITS[form], merged, temporary)
             layers = requantized(plan, merged, _BITS[form])

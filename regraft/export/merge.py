@@ -213,9 +213,14 @@ def change(step: Step, weight: "torch.Tensor", adapters: list[Reader]) -> "torch
 def _source(
     step: Step, reader: Reader, adapters: list[Reader], weights: Weights
 ) -> "Iterator[tuple[int, torch.Tensor]]":
-    """The values to start from: the base's, or an adapter's in the base's type."""
+    """The values to start from: the base's, with nothing in the rows of new tokens, or an adapter's in the base's type."""
+    import torch
+
     if step.copy is None:
         yield from weights(reader, step.source)
+        had = reader.tensors[step.source].shape
+        if step.rows is not None and step.target.shape[0] > had[0]:
+            yield had[0], torch.zeros(step.target.shape[0] - had[0], *had[1:], dtype=torch_dtype(step.target.dtype))
         return
     number, name = step.copy
     dtype = torch_dtype(reader.tensors[step.source].dtype)

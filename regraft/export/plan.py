@@ -55,7 +55,7 @@ class Step:
     copy: tuple[int, str] | None = None
     """Adapter and name there."""
     rows: tuple[int, str, tuple[int, ...]] | None = None
-    """Rows to replace at last: adapter, name there, which."""
+    """Rows to replace at last: adapter, name there, which; those beyond the base's are new."""
 
     @property
     def changed(self) -> bool:
@@ -134,7 +134,8 @@ def plan_merge(
         shown = sorted(draft.problems)
         text = "; ".join(shown[:10]) + (f"; and {len(shown) - 10} more" if len(shown) > 10 else "")
         raise DamagedArtifact(f"the adapter {adapter} does not fit the base {base}: {text}")
-    grown = {step.target.shape[0] for step in steps if step.copy and last_name(step.target.name) in (*INPUTS, *OUTPUTS)}
+    ends = [step for step in steps if last_name(step.target.name) in (*INPUTS, *OUTPUTS)]
+    grown = {step.target.shape[0] for step in ends if step.copy or step.rows}
     before = {tensor.shape[0] for name, (_, tensor) in model.tensors.items() if last_name(name) in INPUTS}
     return Plan(base, adapters, tuple(steps), untied, model.conv1d, next(iter(grown - before), None))
 
@@ -185,8 +186,11 @@ def _match(model: BaseModelFiles, lora: Adapter, number: int, weight: float, dra
     for module, (name, rows) in lora.tokens.items():
         names = model.find(f"{module}.weight")
         shape = model.shape(names[0]) if len(names) == 1 else None
-        if shape is None or max(rows, default=0) >= shape[0] or lora.tensors[name].shape != (len(rows), *shape[1:]):
+        new = sorted(row for row in rows if shape is not None and row >= shape[0])
+        if shape is None or lora.tensors[name].shape != (len(rows), *shape[1:]):
             draft.problems.add(f"the trained tokens of {module} match no embedding of their size")
+        elif new != list(range(shape[0], shape[0] + len(new))):
+            draft.problems.add(f"the new tokens of {module} leave rows after {shape[0]} without values: {new[:5]}")
         elif names[0] in draft.terms or names[0] in draft.copies:
             draft.problems.add(f"{module} has trained tokens and another change")
         else:
@@ -311,7 +315,10 @@ def _step(name: str, file: str, source: str, tensor: Tensor, dtype: str, draft: 
 
 
 def _resized(step: Step, adapters: Sequence[Adapter], problems: set[str]) -> Step:
-    """Give a tensor the shape of its copy, which may hold more or fewer tokens and differ in nothing else."""
+    """Give a tensor the shape of its copy, or the rows of its new tokens; it differs from the base's in nothing else."""
+    if step.rows is not None and step.copy is None:
+        count = max(step.target.shape[0], *(row + 1 for row in step.rows[2]))
+        return replace(step, target=replace(step.target, shape=(count, *step.target.shape[1:])))
     if step.copy is None:
         return step
     number, name = step.copy

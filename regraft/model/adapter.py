@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.artifacts import pretty_json
-from regraft.errors import DamagedArtifact
+from regraft.errors import DamagedArtifact, ParamsError
 from regraft.model.check import CONFIG, PREFIX, WEIGHTS, Adapter, adapter_digest, check_adapter, matches, some
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_adapter(model: "nn.Module", folder: Path, *, name: str = "default") -> 
         rank_pattern=adapter.ranks,
         alpha_pattern=adapter.alphas,
         modules_to_save=list(adapter.saved) or None,
-        trainable_token_indices=list(adapter.tokens) or None,
+        trainable_token_indices=_rows(adapter, base) or None,
         ensure_weight_tying=adapter.tied,
         fan_in_fan_out=adapter.transposed,
         target_modules=list(adapter.targets),
@@ -57,11 +57,52 @@ def load_adapter(model: "nn.Module", folder: Path, *, name: str = "default") -> 
         peft_model.add_adapter(name, config)
     else:
         peft_model = attach(model, config, name=name)
+    _give_room(peft_model, name, dora=adapter.dora)
     load_weights(peft_model, folder / WEIGHTS, name=name)
     peft_model.set_adapter(name)
     peft_model.requires_grad_(False)
     peft_model.eval()
     return peft_model
+
+
+def _rows(adapter: Adapter, base: Any) -> Any:
+    """Return an adapter's trained tokens as PEFT's configuration wants them.
+
+    Raises:
+        DamagedArtifact: the base has no rows for them.
+    """
+    tokens = adapter.tokens
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    highest = max((token for ids in lists for token in ids), default=-1)
+    rows = base.get_input_embeddings().weight.shape[0] if highest >= 0 else 0
+    if highest >= rows > 0:
+        raise DamagedArtifact(
+            f"{adapter.folder} has an embedding for the token {highest}, the base {rows} rows: it was trained with "
+            "tokens that were added",
+            fix="set model.new_tokens as it was trained with, and run `dvc repro model`",
+        )
+    return {key: list(ids) for key, ids in tokens.items()} if isinstance(tokens, dict) else list(tokens)
+
+
+def _give_room(model: "PeftModel", name: str, *, dora: bool) -> None:
+    """Put an adapter's A and B on the computing device where their layer is offloaded: PEFT leaves them without memory.
+
+    Nothing else would say so: copying into a tensor of the meta device does nothing.
+    """
+    import torch
+
+    from regraft.model.load import device
+
+    offloaded = [key for key, parameter in model.named_parameters() if parameter.is_meta and f".{name}." in key]
+    foreign = [key for key in offloaded if ".lora_A." not in key and ".lora_B." not in key]
+    if foreign or (offloaded and dora):
+        raise ParamsError(
+            f"this adapter has more than A and B in {len(offloaded)} tensors of offloaded layers ({some(foreign or offloaded)})",
+            fix="set evaluate.gpu_memory to null, or high enough for those layers",
+        )
+    for key in offloaded:
+        module = model.get_submodule(key.rpartition(".")[0])
+        module.weight = torch.nn.Parameter(torch.empty_like(module.weight, device=device()))
 
 
 def take_off(model: "PeftModel") -> Any:
@@ -112,7 +153,13 @@ def load_parameters(wanted: "Mapping[str, nn.Parameter]", file: Path | bytes) ->
         for key, parameter in wanted.items():
             if parameter.shape != loaded[key].shape:
                 raise DamagedArtifact(f"{name}: {key} is {tuple(loaded[key].shape)}, expected {tuple(parameter.shape)}")
-            parameter.copy_(loaded[key])
+            shared: Any = parameter
+            value = loaded[key]
+            if hasattr(shared, "device_mesh"):  # this process holds a part of it
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value.to(shared.device), shared.device_mesh, shared.placements)
+            parameter.copy_(value)
 
 
 def save_adapter(model: "PeftModel", folder: Path, *, base_name: str, dtype: str = "fp32") -> str:
@@ -152,7 +199,7 @@ def adapter_config(model: "PeftModel", base_name: str) -> bytes:
 def lora_layers(model: "PeftModel") -> dict[str, Any]:
     """Return PEFT's layers that carry an A and a B, by their path in the base."""
     return {
-        name.removeprefix(PREFIX): module
+        name.removeprefix(PREFIX).replace("_checkpoint_wrapped_module.", ""): module  # FSDP's own checkpointing
         for name, module in sorted(model.named_modules())
         if hasattr(module, "lora_A") and hasattr(module, "base_layer")
     }

@@ -17,7 +17,15 @@ from regraft.model.header import Tensor, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_ALLOWED_FILES = {CONFIG, WEIGHTS, "manifest.json", "README.md"}
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""Files of a tokenizer with tokens that the base lacks, which lie beside an adapter that was trained with it."""
+_ALLOWED_FILES = {CONFIG, WEIGHTS, "manifest.json", "README.md", *TOKENIZER}
 _PLAIN: dict[str, Any] = {
     "bias": "none",
     "init_lora_weights": True,  # the bytes carry where A and B began
@@ -59,8 +67,8 @@ class Adapter:
     """Other alphas, by layer."""
     saved: tuple[str, ...] = ()
     """Modules that it replaces whole."""
-    tokens: tuple[int, ...] = ()
-    """Tokens whose embeddings it replaces."""
+    tokens: "tuple[int, ...] | dict[str, tuple[int, ...]]" = ()
+    """Tokens whose embeddings it replaces: those of the input embedding, or those of each module that is named."""
     transposed: bool = False
     """Its layers are stored (in, out): transformers' Conv1D."""
     tied: bool = False
@@ -116,10 +124,14 @@ def check_adapter(folder: Path, *, modules: Mapping[str, tuple[int, int]] | None
         ranks=dict(config.get("rank_pattern") or {}),
         alphas=dict(config.get("alpha_pattern") or {}),
         saved=tuple(config.get("modules_to_save") or ()),
-        tokens=tuple(config.get("trainable_token_indices") or ()),
+        tokens=_tokens_of(config.get("trainable_token_indices") or ()),
         transposed=bool(config.get("fan_in_fan_out")),
         tied=bool(config.get("ensure_weight_tying")),
     )
+
+
+def _tokens_of(value: Any) -> "tuple[int, ...] | dict[str, tuple[int, ...]]":
+    return {key: tuple(ids) for key, ids in value.items()} if isinstance(value, dict) else tuple(value)
 
 
 def matches(name: str, targets: Iterable[str]) -> bool:
@@ -189,8 +201,15 @@ def _pattern_problems(config: dict[str, Any]) -> list[str]:
     saved, tokens = config.get("modules_to_save") or [], config.get("trainable_token_indices") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and _PATH.fullmatch(name) for name in saved):
         problems.append(f"modules_to_save: found {json.dumps(saved)[:60]}, expected a list of modules' paths")
-    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
-        problems.append(f"trainable_token_indices: found {json.dumps(tokens)[:60]}, expected a list of whole numbers")
+    lists = tokens.values() if isinstance(tokens, dict) else [tokens]
+    named = not isinstance(tokens, dict) or all(_PATH.fullmatch(key) for key in tokens)
+    if not named or not all(
+        isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids) for ids in lists
+    ):
+        problems.append(
+            f"trainable_token_indices: found {json.dumps(tokens)[:60]}, expected a list of whole numbers, or one for each "
+            "module's path"
+        )
     problems += [
         f"{flag}: found {config[flag]!r:.60}, expected true or false"
         for flag in _FLAGS
@@ -214,8 +233,9 @@ def _layers(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> d
         elif module and half in ("A.weight", "B.weight", "magnitude_vector"):
             parts.setdefault(module, {})[half.removesuffix(".weight").removesuffix("_vector")] = tensor
         elif tokens and inner.endswith(_TOKENS):
-            if tensor.shape[0] != len(tokens):
-                problems.append(f"{name} has {tensor.shape[0]} rows for {len(tokens)} tokens")
+            rows = _rows_of(inner.removesuffix(_TOKENS), tokens)
+            if tensor.shape[0] != rows:
+                problems.append(f"{name} has {tensor.shape[0]} rows for {rows} tokens")
         elif not matches(inner.rpartition(".")[0], config.get("modules_to_save") or []):
             problems.append(f"{name} is not an A or B of a layer")
     if tokens and not any(name.endswith(_TOKENS) for name in tensors):
@@ -250,6 +270,13 @@ def _layers(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> d
     if problems:
         raise DamagedArtifact(f"{path}: {some(problems)}")
     return modules
+
+
+def _rows_of(module: str, tokens: Any) -> int:
+    """How many tokens a module's trained rows are for."""
+    if not isinstance(tokens, dict):
+        return len(tokens)
+    return next((len(ids) for key, ids in tokens.items() if matches(module, [key])), 0)
 
 
 def _rank_of(module: str, config: dict[str, Any]) -> int:

@@ -42,7 +42,7 @@ def pin(params: ModelParams, *, corpus: Path, out: Path) -> BaseReport:
     Args:
         params: only `base`, `revision` and `standin` matter.
         corpus: text that the stand-in is trained on; not read for another base.
-        out: gets `report.json`, and `weights/` for the stand-in.
+        out: gets `report.json`, `weights/` for the stand-in, and `tokenizer/` where tokens are added.
 
     Raises:
         MissingInput: no such folder, or files of the model are missing.
@@ -68,6 +68,13 @@ def pin(params: ModelParams, *, corpus: Path, out: Path) -> BaseReport:
             report = describe(weights, params, path=params.base)
         else:
             report = describe(hub_folder(params.base, params.revision), params, path=None)
+        if params.new_tokens:
+            from regraft.model.tokens import FOLDER, extend_tokenizer
+
+            where = folder / WEIGHTS if params.base == STANDIN else weights_folder(report, out)
+            extend_tokenizer(where, folder / FOLDER, params.new_tokens)
+            extended = digest_json(digest_files(folder / FOLDER, TOKENIZER_FILES))
+            report = report.model_copy(update={"tokenizer_digest": extended, "new_tokens": list(params.new_tokens)})
         report.save(folder / "report.json")
     return report
 
@@ -172,6 +179,15 @@ def hub_folder(base: str, revision: str | None, *, offline: bool = False) -> Pat
             f"{base} at {revision} could not be fetched: {error}",
             fix="check the id and the revision; a gated model needs HF_TOKEN",
         ) from error
+
+
+def weights_folder(report: BaseReport, out: Path) -> Path:
+    """Return the folder with a pinned base's weights; `out` is the stage's output."""
+    if report.source == "standin":
+        return out / WEIGHTS  # wherever the stage's output lies
+    if report.source == "hub" or report.path is None:
+        return hub_folder(report.base, report.revision, offline=True)
+    return Path(report.path)
 
 
 def digest_files(weights: Path, patterns: Iterable[str] = (*MODEL_FILES, *TOKENIZER_FILES)) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """What `regraft.model` pinned."""
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from regraft.report import Report
 
@@ -30,3 +32,9 @@ class BaseReport(Report):
     """The dtype that most of the weights are stored in: `float32`, `bfloat16` or `float16`."""
     architecture: str
     """Class of the model, from its configuration."""
+    new_tokens: list[str] = Field(default_factory=list)
+    """Tokens that the tokenizer was extended by; it then lies beside this report. Left out where there are none."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types; equal to that of earlier versions where no tokens were added."""
+        return {name: value for name, value in super().to_dict().items() if name != "new_tokens" or value}

@@ -1,15 +1,14 @@
 """What a forward pass keeps for the backward pass, operation by operation, as transformers and PEFT run it on a GPU.
 
-Bytes for each token of a batch, under autocast. The stream between layers is fp32 where the base is quantised (training
-casts its norms and embeddings to fp32), else 16 bits. Frozen layers keep nothing of their input; an adapted one keeps
-the input of A and of B. With checkpointing only each layer's input is kept, and one layer at a time is computed again.
+Bytes for each token of a batch, under autocast. The stream between layers is of the type that embeddings and norms are
+held in: 16 bits, or fp32 where a quantised base's are cast to it. Frozen layers keep nothing of their input; an adapted
+one keeps the input of A and of B. With checkpointing only each layer's input is kept, and one layer at a time is computed again.
 """
 
 from dataclasses import dataclass
 
 from regraft.plan.architecture import Architecture
 from regraft.plan.setup import Setup, adapted, is_quantized, plain_bytes
-from regraft.train.loss import CHUNK
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class Kept:
 
 
 _AFTER_ATTENTION = ("o_proj", "dense")
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 def activations(architecture: Architecture, setup: Setup) -> Kept:
@@ -40,16 +40,38 @@ def activations(architecture: Architecture, setup: Setup) -> Kept:
         recomputed = 0
     saved += 4 * a.hidden * tokens  # the last norm's input
     saved += _casts(a, setup)
+    if setup.attention == "mask":
+        saved += tokens * setup.length  # which positions see which, once for all layers
     trained = int(setup.trained * tokens)
-    if setup.chunked and not a.softcap:
+    if setup.chunk is not None and not a.softcap:
         saved += stream * a.hidden * trained  # the states of which each chunk's logits are made again
-        trained = min(trained, CHUNK)
+        trained = min(trained, setup.chunk)
     logits = (12 + (2 if a.softcap else 0)) * a.vocabulary * trained
     if _stream(setup) == 4 and setup.compute_bytes == 2:
         logits += 2 * a.vocabulary * a.hidden  # autocast's copy of the output layer
     widest = max((out * into for out, into in a.linears().values()), default=0)
-    transient = tokens * (stream * a.intermediate + 8 * a.hidden) + setup.compute_bytes * widest
+    weight = setup.compute_bytes * widest  # a quantised layer's, dequantised for its backward pass
+    if setup.checkpointing and setup.compute_bytes == 2 and setup.bits <= 16:
+        transient = max(
+            int(tokens * (i * a.intermediate + h * a.hidden)) + w * weight for w, i, h in _PASSING[_kind(setup)]
+        )
+    else:
+        transient = tokens * (stream * a.intermediate + 8 * a.hidden) + weight
     return Kept(saved=saved, logits=logits, backward=recomputed + transient)
+
+
+_PASSING = {
+    "16 bits": ((0, 6.0, 6.0),),
+    "16-bit stream": ((1, 1.15, 2.0), (0, 3.0, 1.0)),
+    "fp32 stream": ((1, 2.3, 4.0), (0, 8.0, 2.0)),
+}
+"""What one recomputed layer's backward pass holds for a moment beside what it keeps: whether a dequantised weight is
+there, bytes for each token and unit of the feed-forward layer, and of the stream. Where there are two such moments (the
+down projection, the gate), the larger counts. Read off steps of three sizes and three lengths traced without data."""
+
+
+def _kind(setup: Setup) -> str:
+    return "16 bits" if setup.bits == 16 else "16-bit stream" if _stream(setup) == 2 else "fp32 stream"
 
 
 def _stream(setup: Setup) -> int:
@@ -86,14 +108,19 @@ def _common(a: Architecture, setup: Setup) -> int:
 def _inputs(a: Architecture, setup: Setup, carriers: dict[str, tuple[int, int, int]]) -> int:
     """What the adapters of one layer keep: the inputs of A and of B."""
     c, total = setup.compute_bytes, 0
+    # PEFT leaves a quantised layer's input to autocast: one in 16 bits is kept as it is, once for all who read it.
+    shared = setup.bits < 16 and _stream(setup) == c and not setup.dropout
+    read: set[str] = set()
     for name, (out, into, rank) in carriers.items():
         total += c * rank
         if setup.dropout:
             total += into  # the mask
         # Each adapter has a 16-bit copy of its own: PEFT casts to fp32, autocast back. Of a quantised layer's input
         # only what is fp32 is cast, and the attention's output is 16-bit already.
-        if setup.bits == 16 or setup.dropout or name not in _AFTER_ATTENTION:
+        source = _SAME_INPUT.get(name, name)
+        if (setup.bits == 16 or setup.dropout or name not in _AFTER_ATTENTION) and not (shared and source in read):
             total += c * into
+        read.add(source)
         if setup.dora:
             total += 2 * c * out
     return total

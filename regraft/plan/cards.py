@@ -20,6 +20,9 @@ CARDS: dict[str, float] = {
 their own."""
 
 
+_BEFORE_AMPERE = re.compile(r"(^|\W|geforce)(rtx ?20|gtx|titan|quadro|t4\b|p100|v100|p4|m40|k80)")
+
+
 @dataclass(frozen=True)
 class Card:
     """A card and what a process can use of it."""
@@ -27,6 +30,11 @@ class Card:
     name: str
     bytes: int
     present: bool = False
+
+    @property
+    def bf16(self) -> bool:
+        """It computes in bf16: all from Ampere on do. An older one computes in fp16 (`compute_dtype: auto`)."""
+        return not _BEFORE_AMPERE.search(self.name.lower())
 
 
 def card_named(name: str) -> Card:

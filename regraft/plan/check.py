@@ -17,6 +17,7 @@ from regraft.artifacts import write_json
 from regraft.errors import RegraftError
 from regraft.layout import Layout
 from regraft.model.params import ModelParams
+from regraft.plan.cards import Card
 from regraft.plan.compare import mib
 from regraft.plan.fit import Fit, expected_bytes, fit, settings_of
 from regraft.plan.memory import Prediction, predict
@@ -64,7 +65,8 @@ def before(train: TrainParams, model: ModelParams, layout: Layout) -> Expected |
         log.info("trained without a plan: %s", error.message)
         return None
     device, free, on_gpu = _device()
-    setup = setup_from(train, model, length=made[0], trained=made[1], on_gpu=on_gpu)
+    bf16 = Card(device, free).bf16
+    setup = setup_from(train, model, length=made[0], trained=made[1], on_gpu=on_gpu, bf16=bf16)
     prediction = predict(architecture, setup)
     learnt = correction(observations_file(layout), device, bits=setup.bits)
     total = expected_bytes(prediction, learnt)

@@ -48,9 +48,10 @@ def plan(
     tokens, trained = blocks_of(layout, parameters.preprocess.max_length, parameters.preprocess.block_length)
     if model or length:
         tokens, trained = length or tokens, 1.0
-    setup = setup_from(parameters.train, parameters.model, length=tokens, trained=trained)
-    prediction = predict(architecture, setup)
     card = card_named(gpu) if gpu else card_of_size(vram) if vram else present_card()
+    bf16 = card is None or card.bf16
+    setup = setup_from(parameters.train, parameters.model, length=tokens, trained=trained, bf16=bf16)
+    prediction = predict(architecture, setup)
     learnt = correction(observations_file(layout), card.name, bits=setup.bits) if card else None
     total = expected_bytes(prediction, learnt)
 

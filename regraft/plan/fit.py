@@ -1,8 +1,9 @@
 """The fastest configuration that fits a card, and what it gives up at each step.
 
 The order is the field's: adapters on a 16-bit base where that fits; else on a 4-bit one (QLoRA, arXiv:2305.14314); then
-smaller micro-batches with more accumulation, recomputed activations, a paged optimizer, shorter sequences, a smaller
-rank. The first three leave what is learnt the same or nearly so; the last two do not.
+smaller micro-batches with more accumulation, logits in chunks, recomputed activations, a paged optimizer, shorter
+sequences, a smaller rank. Where activations have to be recomputed, the 16-bit base is tried once more before the 4-bit
+one: at that price it is as fast and not rounded. The last two steps change what is learnt, the others don't or hardly.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ HEADROOM = 0.05
 """Share of a card that is left free: the allocator keeps pieces that it cannot use."""
 _BUSY = 2048
 """Tokens in a micro-batch from which a GPU is well used; fewer at once cost speed."""
-_SHORTEST, _LOWEST_RANK = 256, 4
+_SHORTEST, _LOWEST_RANK, _FEW_LOGITS = 256, 4, 256
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def fit(architecture: Architecture, wanted: Setup, card_bytes: int, correction: 
     """
     limit = int(card_bytes * (1 - HEADROOM))
     steps: list[Step] = []
-    for setup, change, gives_up in _candidates(wanted):
+    for setup, change, gives_up in _candidates(wanted, can_chunk=not architecture.softcap):
         prediction = predict(architecture, setup)
         total = expected_bytes(prediction, correction)
         steps.append(Step(change, gives_up, total, total <= limit))
@@ -85,6 +86,7 @@ def settings_of(before: Setup, after: Setup, *, alpha: float, max_length: int) -
         "train.alpha": (alpha, alpha * after.rank / before.rank),
         "train.batch_size": (before.batch, after.batch),
         "train.accumulation": (before.accumulation, after.accumulation),
+        "train.logits_chunk": (before.chunk, after.chunk),
         "train.gradient_checkpointing": (before.checkpointing, after.checkpointing),
         "train.optimizer": (before.optimizer, after.optimizer),
         "preprocess.block_length": (before.length, after.length),
@@ -94,7 +96,7 @@ def settings_of(before: Setup, after: Setup, *, alpha: float, max_length: int) -
     return changed
 
 
-def _candidates(wanted: Setup) -> Iterator[tuple[Setup, str, str]]:
+def _candidates(wanted: Setup, *, can_chunk: bool) -> Iterator[tuple[Setup, str, str]]:
     """Every configuration of the guide, each with the change that led to it and its price."""
     fast = wanted.but(checkpointing=False)
     if wanted.method != "lora":
@@ -108,6 +110,13 @@ def _candidates(wanted: Setup) -> Iterator[tuple[Setup, str, str]]:
     four = fast.but(bits=4)
     yield four, "base in NF4 (QLoRA)", "a tenth to a quarter of the speed; weights rounded to 4 bits"
     yield from _smaller_batches(four, "NF4, ", least=1)
+    if can_chunk and four.trained * four.tokens > _FEW_LOGITS and (four.chunk is None or four.chunk > _FEW_LOGITS):
+        sixteen, four = sixteen.but(chunk=_FEW_LOGITS), four.but(chunk=_FEW_LOGITS)
+        price = "about a twentieth of the speed: logits are made twice"
+        for batch in (four.batch, *_halves(four.batch)):
+            smaller = _micro(four, batch)
+            yield smaller, f"NF4, logits of {_FEW_LOGITS} tokens at once, micro-batch {smaller.batch}", price
+    yield from _recomputed(sixteen, "16 bits, ", least=_BUSY)
     yield from _recomputed(four)
     small = _micro(four, 1).but(checkpointing=True, optimizer="paged_adamw_8bit")
     yield small, "optimizer paged_adamw_8bit", "optimizer states in 8 bits, moved to the host when the card is full"
@@ -128,11 +137,12 @@ def _smaller_batches(setup: Setup, what: str, *, least: int) -> Iterator[tuple[S
             yield smaller, change, "speed: the GPU is not filled" if few else "hardly any speed; the same step"
 
 
-def _recomputed(setup: Setup) -> Iterator[tuple[Setup, str, str]]:
+def _recomputed(setup: Setup, what: str = "", *, least: int = 1) -> Iterator[tuple[Setup, str, str]]:
     price = "about a quarter of the speed: activations are computed twice"
     for batch in (setup.batch, *_halves(setup.batch)):
         smaller = _micro(setup, batch).but(checkpointing=True)
-        yield smaller, f"gradient checkpointing, micro-batch {smaller.batch}", price
+        if smaller.tokens >= least:
+            yield smaller, f"{what}gradient checkpointing, micro-batch {smaller.batch}", price
 
 
 def _halves(batch: int) -> list[int]:

@@ -82,26 +82,28 @@ def predict(architecture: Architecture, setup: Setup) -> Prediction:
     Raises:
         ParamsError: `target_modules` names no layer.
     """
-    base, unquantized = _weights(architecture, setup)
+    base, unquantized, together = *_weights(architecture, setup), 0
+    if setup.shards > 1:
+        base, unquantized, together = _shared_out(architecture, setup, base, unquantized)
     new = [count for out, into, rank in adapted(architecture, setup).values() for count in (rank * into, out * rank)]
     if setup.dora:
         new += [out for out, _, _ in adapted(architecture, setup).values()]
     if setup.method == "prompt":
         new = [setup.prompt_tokens * architecture.hidden]
     new += [w.size for w in architecture.weights if setup.saved and matches(w.name, setup.saved)]
-    new += [architecture.hidden] * setup.new_tokens
+    new += [architecture.hidden] * (setup.new_tokens + setup.added_tokens * (1 if architecture.tied else 2))
     trained = [w.size for w in architecture.weights] if setup.method == "full" else new
     on_gpu, paged = _optimizer(trained, setup.optimizer)
     kept = activations(architecture, setup)
     return Prediction(
         base=base,
         unquantized=unquantized,
-        adapter=4 * sum(new),
-        gradients=4 * sum(trained),
-        optimizer=on_gpu,
+        adapter=-(-4 * sum(new) // setup.shards),
+        gradients=-(-4 * sum(trained) // setup.shards),
+        optimizer=-(-on_gpu // setup.shards),
         activations=kept.saved,
         logits=kept.logits,
-        workspace=max(0, kept.backward - kept.logits) + (LIBRARIES if setup.on_gpu else 0),
+        workspace=max(0, kept.backward - kept.logits) + (LIBRARIES if setup.on_gpu else 0) + together,
         context=CUDA_CONTEXT if setup.on_gpu else CPU_CONTEXT,
         trainable=sum(trained),
         paged=paged,
@@ -119,6 +121,28 @@ def quantized_bytes(values: int, rows: int, bits: int, *, double_quant: bool) ->
     return packed + blocks + 4 * math.ceil(blocks / _NESTED) + 4 + code + 256 * 4  # the scales' own code book
 
 
+def _shared_out(architecture: Architecture, setup: Setup, base: int, unquantized: int) -> tuple[int, int, int]:
+    """Return what one process holds of the base's two parts for good, and what it gathers for a moment.
+
+    4-bit weights are shared out, their scales are not. Gathered are two layers, of which one is fetched while the other
+    computes, and the embeddings and output layer.
+    """
+    packed = sum(math.ceil(w.size / 2) for w in architecture.weights if is_quantized(architecture, w, setup))
+    scales = base - packed if setup.bits == 4 else 0
+    layers: dict[str, int] = {}
+    ends = 0
+    for weight in architecture.weights:
+        size = weight.size * plain_bytes(setup)
+        size = math.ceil(weight.size * setup.bits / 8) if is_quantized(architecture, weight, setup) else size
+        layer = next((part for part in weight.name.split(".") if part.isdigit()), None)
+        if layer is None:
+            ends += size
+        else:
+            layers[layer] = layers.get(layer, 0) + size
+    share = -(-(base - scales) // setup.shards) + scales
+    return share, -(-unquantized // setup.shards), 2 * max(layers.values(), default=0) + ends
+
+
 def _weights(architecture: Architecture, setup: Setup) -> tuple[int, int]:
     base = unquantized = 0
     for weight in architecture.weights:
@@ -128,6 +152,8 @@ def _weights(architecture: Architecture, setup: Setup) -> tuple[int, int]:
             base += weight.size * plain_bytes(setup)
         else:
             unquantized += weight.size * plain_bytes(setup)
+        if weight.kind in ("embedding", "output") and weight.shape[0] == architecture.vocabulary:
+            unquantized += setup.added_tokens * architecture.hidden * plain_bytes(setup)
     return base, unquantized
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from regraft.errors import ParamsError
 from regraft.model.adapter import matches
-from regraft.model.params import ModelParams
+from regraft.model.params import ModelParams, keeps_fp32
 from regraft.plan.architecture import Architecture, Weight
+from regraft.train.loss import CHUNK
 from regraft.train.params import PRESETS, TrainParams
 from regraft.train.targets import in_group
 
@@ -33,6 +34,8 @@ class Setup:
     """Modules that are trained whole (`modules_to_save`)."""
     new_tokens: int = 0
     """Embeddings that are trained by themselves (`trainable_tokens`)."""
+    added_tokens: int = 0
+    """Tokens that the base lacks (`model.new_tokens`): a row more at both ends for each, trained."""
     batch: int = 8
     length: int = 1024
     """Tokens of a packed block."""
@@ -45,8 +48,12 @@ class Setup:
     """What keeps packed documents apart: a `mask` over all pairs of positions, a kernel that knows `lengths`, or plain
     matrix products (`eager`)."""
 
-    chunked: bool = False
-    """Logits are made and forgotten in chunks (`kernels: fused` on a GPU)."""
+    chunk: int | None = None
+    """Trained tokens whose logits are held at once (`logits_chunk`, or `kernels: fused` on a GPU); None for all."""
+    unquantized_fp32: bool = False
+    """What stays unquantised of a 4- or 8-bit base is cast to fp32, and with it the stream between layers."""
+    shards: int = 1
+    """Processes that base, adapter, gradients and optimizer are shared out over (`sharding: full`)."""
     on_gpu: bool = True
     """A CPU has no context of a driver and no workspace of cuBLAS, but the libraries count."""
 
@@ -61,7 +68,7 @@ class Setup:
 
 
 def setup_from(
-    train: TrainParams, model: ModelParams, *, length: int, trained: float = 1.0, on_gpu: bool = True
+    train: TrainParams, model: ModelParams, *, length: int, trained: float = 1.0, on_gpu: bool = True, bf16: bool = True
 ) -> Setup:
     """Read a setup out of the parameters.
 
@@ -71,10 +78,12 @@ def setup_from(
         length: tokens of a packed block.
         trained: share of the tokens that carry a loss; 1 where that is not known yet.
         on_gpu: `compute_dtype: auto` is 16 bits there, and fp32 on a CPU.
+        bf16: the GPU computes in bf16; where it cannot, `auto` is fp16, and what stays unquantised is cast to fp32.
     """
     quantization = model.quantization
     targets = train.target_modules
     sixteen = quantization.compute_dtype in ("bf16", "fp16") or (quantization.compute_dtype == "auto" and on_gpu)
+    fp16 = quantization.compute_dtype == "fp16" or (quantization.compute_dtype == "auto" and on_gpu and not bf16)
     return Setup(
         bits=quantization.bits,
         double_quant=quantization.double_quant,
@@ -83,7 +92,10 @@ def setup_from(
         method=train.method,
         rank=train.rank,
         rank_pattern=tuple(train.rank_pattern.items()),
-        chunked=train.kernels == "fused" and on_gpu and train.method != "prompt",
+        chunk=train.logits_chunk
+        or (CHUNK if train.kernels == "fused" and on_gpu and train.method != "prompt" else None),
+        unquantized_fp32=keeps_fp32(quantization.unquantized, fp16=fp16),
+        shards=train.processes if train.sharding == "full" else 1,
         on_gpu=on_gpu,
         targets=targets if isinstance(targets, str) else tuple(targets),
         dropout=train.dropout > 0,
@@ -98,6 +110,7 @@ def setup_from(
         attention=_attention(model.attention, on_gpu),
         saved=tuple(train.modules_to_save),
         new_tokens=len(train.trainable_tokens),
+        added_tokens=len(model.new_tokens),
     )
 
 
@@ -110,8 +123,10 @@ def is_quantized(architecture: Architecture, weight: Weight, setup: Setup) -> bo
 
 
 def plain_bytes(setup: Setup) -> int:
-    """Bytes of a value of the base that is not quantised: training casts what a quantised base leaves over to fp32."""
-    return 2 if setup.bits == 16 else 4
+    """Bytes of a value of the base that is not quantised."""
+    if setup.bits == 16:
+        return 2
+    return 4 if setup.bits == 32 or setup.unquantized_fp32 else setup.compute_bytes
 
 
 def adapted(architecture: Architecture, setup: Setup) -> dict[str, tuple[int, int, int]]:

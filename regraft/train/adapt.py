@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.errors import DamagedArtifact, ParamsError
 from regraft.model.adapter import (
+    CONFIG,
     WEIGHTS,
+    adapter_bytes,
+    adapter_config,
     adapter_digest,
     adapter_parameters,
     attach,
@@ -16,9 +19,16 @@ from regraft.model.adapter import (
     load_parameters,
     lora_layers,
     matches,
-    save_adapter,
 )
-from regraft.model.load import Base, device, load_model, load_tokenizer, quiet_libraries
+from regraft.model.load import (
+    Base,
+    device,
+    load_model,
+    load_tokenizer,
+    prepare_for_adapters,
+    quiet_libraries,
+    refuse_spread,
+)
 from regraft.model.params import ModelParams
 from regraft.train.data import Blocks, batches, moved
 from regraft.train.params import TrainParams
@@ -59,7 +69,10 @@ class Trainee:
             self.start.save(self.model, folder, base_name=base_name, dtype=dtype)
             return adapter_digest(folder)
         if self.method == "lora":
-            return save_adapter(self.model, folder, base_name=base_name, dtype=dtype)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).write_bytes(adapter_config(self.model, base_name))
+            (folder / WEIGHTS).write_bytes(adapter_bytes(self.parameters, dtype))
+            return adapter_digest(folder)
         from regraft.artifacts import digest_file, digest_json
 
         self.model.save_pretrained(folder)
@@ -85,15 +98,13 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
     from transformers import set_seed
 
     bits = model.quantization.bits
-    _check(params, bits)
+    _check(params, bits, base)
     # A prompt makes documents longer than their positions say, which only a mask can follow.
     attention = model.attention if params.method != "prompt" or model.attention == "eager" else "sdpa"
-    loaded = load_model(base, model.quantization, training=True, attention=attention)
-    if bits < 16:
-        from peft import prepare_model_for_kbit_training
-
-        # Checkpointing of activations is the Trainer's. A 16-bit base would be copied to fp32 here: it stays as it is.
-        loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
+    sharded = {"sharded": True} if params.sharding == "full" else {}
+    loaded = load_model(base, model.quantization, training=True, attention=attention, **sharded)
+    refuse_spread(loaded)
+    prepare_for_adapters(loaded, model.quantization)
     set_seed(params.seed)
     if params.method != "lora":
         return _yardstick(params, loaded)
@@ -120,8 +131,11 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
     return Trainee(peft_model, parameters, "lora", expected, bare, unquantized, start)
 
 
-def _check(params: TrainParams, bits: int) -> None:
+def _check(params: TrainParams, bits: int, base: Base | None) -> None:
     problems = []
+    if params.sharding == "full" and (bits == 8 or (base is not None and base.new_tokens)):
+        found = "model.quantization.bits 8" if bits == 8 else "model.new_tokens"
+        problems.append(f"train.sharding: found full with {found}, expected it without")
     if params.init in ("pissa", "olora") and bits < 16:
         problems.append(
             f"train.init: found {params.init}, which changes the base, and a {bits}-bit one can't be changed back; "
@@ -153,8 +167,9 @@ def _lora_config(params: TrainParams, loaded: Any, base: Base, expected: list[st
         embeddings = (loaded.get_input_embeddings(), loaded.get_output_embeddings())
         tied = loaded.config.get_text_config().tie_word_embeddings
         extra["ensure_weight_tying"] = tied and any(m is e for m in modules.values() for e in embeddings)
-    if params.trainable_tokens:
-        extra["trainable_token_indices"] = _token_ids(params.trainable_tokens, base)
+    new = {} if base is None else base.new_tokens
+    if params.trainable_tokens or new:
+        extra["trainable_token_indices"] = _token_rows(params, loaded, base, sorted(new.values()))
     return LoraConfig(
         r=params.rank,
         lora_alpha=params.alpha,
@@ -171,6 +186,19 @@ def _lora_config(params: TrainParams, loaded: Any, base: Base, expected: list[st
     )
 
 
+def _token_rows(params: TrainParams, loaded: Any, base: Base, new: list[int]) -> list[int] | dict[str, list[int]]:
+    """Rows of embeddings to train: of tied ones the input's; else new tokens are trained at both ends.
+
+    What the output layer never learnt to say, a trained input alone cannot make it say.
+    """
+    ids = sorted({*(_token_ids(params.trainable_tokens, base) if params.trainable_tokens else []), *new})
+    ends = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    if not new or ends[1] is None or ends[0].weight is ends[1].weight:
+        return ids
+    names = [next(name for name, module in loaded.named_modules() if module is end) for end in ends]
+    return {names[0]: ids, names[1]: new}
+
+
 def _token_ids(tokens: list[str], base: Base) -> list[int]:
     tokenizer = load_tokenizer(base)
     known = tokenizer.get_vocab()
@@ -179,7 +207,7 @@ def _token_ids(tokens: list[str], base: Base) -> list[int]:
         raise ParamsError(
             f"train.trainable_tokens: {', '.join(map(repr, unknown))} is no token of this base's tokenizer; "
             f"its added tokens: {', '.join(sorted(tokenizer.get_added_vocab())) or 'none'}",
-            fix="name tokens that it has; to add new ones, save an extended base (tokenizer and resized embeddings)",
+            fix="name tokens that it has; to add new ones, name them in model.new_tokens",
         )
     return sorted({known[token] for token in tokens})
 

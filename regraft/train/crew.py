@@ -2,7 +2,7 @@
 
 Each process holds the whole base and adapter and takes its share of a step's blocks; gradients are averaged so that a
 step is the one that a single process would make of all blocks. The first process alone writes checkpoints and output.
-A base that does not fit one card (sharded QLoRA) is not covered here.
+With `sharding: full` each holds a part of the base only (`regraft.train.shard`).
 """
 
 import json

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from regraft.errors import Preempted, TrainingDiverged
+from regraft.errors import ParamsError, Preempted, TrainingDiverged
 from regraft.failpoints import failpoint
 from regraft.model.adapter import adapter_bytes, load_parameters
 from regraft.train import crew
 from regraft.train.adapt import START, Trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import IGNORE, batches, moved
-from regraft.train.loss import can_chunk, chunked_loss, summed_loss
+from regraft.train.loss import CHUNK, can_chunk, chunked_loss, summed_loss
 from regraft.train.params import TrainParams
+from regraft.train.shard import enable_sharding, follow_shards, gathered, load_states, whole, whole_states
 from regraft.train.speed import Speed
 from regraft.train.stop import StopRequest
 
@@ -90,10 +91,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.progress = progress
         self.held_out = held_out
         self.best: bytes | None = None
-        # On a CPU a step's logits fit; making them twice would cost time.
-        self._chunked = (
-            params.kernels == "fused" and torch.cuda.is_available() and can_chunk(trainee.model, trainee.prompt_tokens)
-        )
+        self._chunk = _logits_chunk(params, trainee)
+        self._sharded = params.sharding == "full"
         self.grad_norm = self.learning_rate = 0.0
         self._loss = torch.zeros(())
         self._seen = self._computed = self._skipped = 0
@@ -122,8 +121,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return self._summed_loss(model, inputs) * share
 
     def _summed_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if self._chunked:
-            return chunked_loss(model, inputs)
+        if self._chunk is not None:
+            return chunked_loss(model, inputs, self._chunk)
         return summed_loss(model, inputs, self.trainee.prompt_tokens)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -162,7 +161,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         Raises:
             TrainingDiverged: one of them is not finite.
         """
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         step = self.state.global_step + 1
         counted = torch.tensor([self._seen, self._computed], dtype=torch.float64, device=self._loss.device)
         loss, self.grad_norm, seen, computed = torch.cat(
@@ -191,10 +190,37 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.progress.computed += int(computed)
         return norm
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's, which leaves sharding to accelerate."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and getattr(self.accelerator.state, "fsdp_plugin", None) is None:
+            enable_sharding(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled: bool = True
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._sharded:
+            follow_shards(self.model, self.trainee.parameters)
+        return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_states(self.optimizer, torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._sharded:
+            follow_shards(self.model, self.trainee.parameters)
         load_parameters(self.trainee.parameters, Path(resume_from_checkpoint) / ADAPTER)
         best = Path(resume_from_checkpoint) / BEST
         self.best = best.read_bytes() if best.exists() else None
+
+    def adapter(self) -> bytes:
+        """All that is trained, as the bytes of a file; every process must ask for it."""
+        parameters = self.trainee.parameters
+        return adapter_bytes(gathered(parameters) if self._sharded else parameters)
 
     def snapshot(self) -> dict[str, bytes]:
         """Everything that the next step depends on, as files that the Trainer finds again when it resumes."""
@@ -206,7 +232,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if torch.cuda.is_available():
             rng["cuda"] = torch.cuda.random.get_rng_state()
         states = {
-            "optimizer.pt": self.optimizer.state_dict(),
+            "optimizer.pt": whole_states(self.optimizer) if self._sharded else self.optimizer.state_dict(),
             "scheduler.pt": self.lr_scheduler.state_dict(),
             **_by_process(rng),
         }
@@ -217,7 +243,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             extra[START] = adapter_bytes(self.trainee.start.tensors)
         return {
             **extra,
-            ADAPTER: adapter_bytes(self.trainee.parameters),
+            ADAPTER: self.adapter(),
             PROGRESS: self.progress.to_bytes(),
             "trainer_state.json": (json.dumps(dataclasses.asdict(self.state), sort_keys=True) + "\n").encode(),
             **{name: _saved(state) for name, state in states.items()},
@@ -274,7 +300,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.progress.held_out.append((step, loss))
         best = self.progress.best_step
         if best == step and self.params.keep == "best":
-            trainer.best = adapter_bytes(trainer.trainee.parameters)
+            trainer.best = trainer.adapter()
         since = sum(each > (best or 0) for each, _ in self.progress.held_out)
         if self.params.early_stopping is not None and since >= self.params.early_stopping:
             self.progress.stopped_early = True
@@ -300,6 +326,24 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         """The step of the line before, by the parameters alone, so that it is the same after a resume."""
         every = [self.params.logging_every, *([self.params.validate_every] if self.params.validation_share else [])]
         return max((step - 1) // each * each for each in every)
+
+
+def _logits_chunk(params: TrainParams, trainee: Trainee) -> int | None:
+    """Trained tokens whose logits are made at once, None for all.
+
+    Raises:
+        ParamsError: chunks were asked for, and the model does something to its logits that they would leave out.
+    """
+    possible = can_chunk(trainee.model, trainee.prompt_tokens)
+    if params.logits_chunk is not None:
+        if not possible:
+            raise ParamsError(
+                f"train.logits_chunk: found {params.logits_chunk}, but this model caps or scales its logits",
+                fix="set train.logits_chunk to null",
+            )
+        return params.logits_chunk
+    # On a CPU a step's logits fit; making them twice would cost time.
+    return CHUNK if params.kernels == "fused" and torch.cuda.is_available() and possible else None
 
 
 def _by_process(rng: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Parameters of training."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from regraft.params import Section
+from regraft.late import LateFields
 
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -13,8 +13,10 @@ PRESETS = ("all-linear", "attention", "q+v", "mlp")
 """Names of groups of layers that `target_modules` may give; `regraft.train.targets` finds their layers in a model."""
 
 
-class TrainParams(Section):
+class TrainParams(LateFields):
     """How an adapter is trained; LoRA after arXiv:2106.09685, on a quantised base after arXiv:2305.14314."""
+
+    LATE: ClassVar[frozenset[str]] = frozenset({"logits_chunk", "sharding"})
 
     method: Literal["lora", "full", "prompt"] = "lora"
     """What is trained. `lora`: an adapter, the only one that can be registered. `full`: every weight of the base, and
@@ -100,7 +102,11 @@ class TrainParams(Section):
 
     processes: int = Field(default=1, ge=1, le=1024)
     """Processes that train together on this machine, one for each GPU: a step takes batch_size x accumulation blocks in
-    each of them. Every one holds the whole base."""
+    each of them. Every one holds the whole base, unless `sharding` says otherwise."""
+
+    sharding: Literal["none", "full"] = "none"
+    """`full`: each of the processes holds a part of base, adapter, gradients and optimizer (FSDP2), for a base that does
+    not fit one card. On 4 or 16 bits, with AdamW of torch and an adapter of A and B alone."""
 
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """AdamW's decoupled decay of A and B; 0 to 1."""
@@ -129,6 +135,11 @@ class TrainParams(Section):
     kernels: Literal["plain", "fused"] = "plain"
     """`plain`: PEFT's and transformers' own operations. `fused`: fewer and larger ones where model and machine allow
     (see `regraft.train.kernels`): the same sums in another order, so other bytes."""
+
+    logits_chunk: int | None = Field(default=None, ge=16, le=65536)
+    """Trained tokens whose logits are held at once, 16 to 65,536; they are made again in the backward pass. Null holds a
+    whole batch's (with `kernels: fused` on a GPU, those of 1,024). Large vocabularies on small cards want 256: 12 bytes
+    for each token and word. Not for `method: prompt`, nor for models that cap or scale their logits."""
 
     compile: bool = False
     """Compile each transformer block with torch.compile: a minute or more at the start, then faster steps. Needs a C++
@@ -181,10 +192,33 @@ class TrainParams(Section):
             problems.append(f"`dora: false` with `init: {self.init}`: its first norm would be of another base")
         if self.method != "lora":
             problems += [f"`method: lora` for `{name}`" for name in _LORA_ONLY if getattr(self, name) != _default(name)]
+        problems += _sharded(self)
+        if self.method == "prompt" and self.logits_chunk is not None:
+            problems.append("`logits_chunk: null` for `method: prompt`")
         problems += _patterns(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _sharded(params: TrainParams) -> list[str]:
+    """Say what `sharding: full` has not been tried with."""
+    if params.sharding == "none":
+        return []
+    plain = {"method": "lora", "kernels": "plain", "compile": False, "dora": False}
+    plain |= {"modules_to_save": [], "trainable_tokens": []}
+    problems = [
+        f"`{name}: {value}` for `sharding: full`" for name, value in plain.items() if getattr(params, name) != value
+    ]
+    if params.processes == 1:
+        problems.append("`processes` above 1 for `sharding: full`")
+    if params.init not in ("default", "gaussian", "orthogonal"):
+        problems.append(f"`init: default`, `gaussian` or `orthogonal` for `sharding: full`, not `{params.init}`")
+    if params.optimizer not in ("adamw_torch", "adamw_torch_fused"):
+        problems.append(
+            f"`optimizer: adamw_torch` or `adamw_torch_fused` for `sharding: full`, not `{params.optimizer}`"
+        )
+    return problems
 
 
 _LORA_ONLY = (

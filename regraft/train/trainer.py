@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from regraft.artifacts import commit_dir, digest_file, digest_json, write_json
 from regraft.errors import ParamsError, Preempted, RegraftError
 from regraft.failpoints import failpoint
 from regraft.model.adapter import load_parameters
+from regraft.model.check import TOKENIZER
 from regraft.model.load import Base, compute_dtype, device, load_tokenizer, open_base
 from regraft.model.params import ModelParams
 from regraft.train import crew
@@ -24,6 +26,7 @@ from regraft.train.data import Blocks, collate, open_blocks, split
 from regraft.train.machine import explained, measured, reproducible
 from regraft.train.params import TrainParams
 from regraft.train.report import AdaptedModule, TrainReport
+from regraft.train.shard import fsdp_arguments, gathered
 from regraft.train.speed import Speed, flops_per_token
 from regraft.train.stop import StopRequest
 
@@ -83,6 +86,9 @@ def train(
             begun = time.monotonic()
             progress, new = _train(params, model, opened, blocks, store, resumed, trainee, stop, speed)
             trained = time.monotonic()
+            if params.sharding == "full":
+                for key, tensor in gathered(trainee.parameters).items():
+                    trainee.parameters[key] = tensor  # type: ignore[assignment]  # the model is of no more use
             failpoint("train.finish")
             if not crew.is_first():
                 report: TrainReport = crew.told_by_first(None)
@@ -92,6 +98,8 @@ def train(
                 digest = trainee.save(
                     folder / FOLDERS[params.method], base_name=opened.name, dtype=params.adapter_dtype
                 )
+                if opened.extended is not None and params.method == "lora":
+                    _copy_tokenizer(opened.extended, folder / FOLDERS["lora"])
                 (folder / "metrics.jsonl").write_bytes(store.metrics.read_bytes())
                 report = _report(params, model, opened, blocks, progress, trainee, digest)
                 report.save(folder / "report.json")
@@ -103,6 +111,13 @@ def train(
         if measurements is not None:
             write_json(measurements, measured(new, started, begun, trained, resumed, speed))
     return report
+
+
+def _copy_tokenizer(extended: Path, adapter: Path) -> None:
+    """Put an extended tokenizer beside an adapter: its new tokens are of no use without."""
+    for name in TOKENIZER:
+        if (extended / name).is_file():
+            shutil.copyfile(extended / name, adapter / name)
 
 
 def planned_steps(params: TrainParams, blocks: int) -> int:
@@ -180,6 +195,7 @@ def _arguments(params: TrainParams, model: ModelParams, scratch: Path) -> Any:
     from transformers import TrainingArguments
 
     dtype, on_gpu = compute_dtype(model.quantization), device().type == "cuda"
+    checkpointing = params.gradient_checkpointing and params.sharding == "none"
     arguments = TrainingArguments(
         output_dir=str(scratch),
         seed=params.seed,
@@ -192,13 +208,14 @@ def _arguments(params: TrainParams, model: ModelParams, scratch: Path) -> Any:
         per_device_train_batch_size=params.batch_size,
         gradient_accumulation_steps=params.accumulation,
         weight_decay=params.weight_decay,
+        **(fsdp_arguments(params) if params.sharding == "full" else {}),
         ddp_backend=None if on_gpu or crew.size() == 1 else "gloo",
         ddp_find_unused_parameters=False,
         adam_beta2=params.beta2,
         max_grad_norm=params.max_grad_norm,
         optim=params.optimizer,
-        activation_checkpointing=params.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if params.gradient_checkpointing else None,
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         use_cpu=not on_gpu,

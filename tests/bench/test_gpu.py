@@ -26,7 +26,7 @@ def script(name: str) -> Any:
     return importlib.import_module(name)
 
 
-LONGER = [pytest.param(name, marks=pytest.mark.extended) for name in ("throughput", "memory", "noise_band")]
+LONGER = [pytest.param(name, marks=pytest.mark.extended) for name in ("throughput", "memory", "noise_band", "sharded")]
 
 
 @pytest.mark.parametrize("name", ["plan_accuracy", *LONGER])
@@ -66,7 +66,7 @@ def test_a_made_base_holds_the_bytes_that_the_plan_says() -> None:
     held = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
     assert held == predict(architecture(shape), Setup()).base
     rest = sum(p.numel() for p in model.parameters() if not any(p is m.weight for m in packed))
-    assert 4 * rest == predict(architecture(shape), Setup()).unquantized
+    assert 2 * rest == predict(architecture(shape), Setup()).unquantized
 
 
 def test_the_shapes_are_the_sizes_that_they_are_named_after() -> None:
@@ -96,3 +96,15 @@ def test_on_a_card_a_cap_is_kept_and_the_loss_falls() -> None:
 def test_on_a_card_our_trainer_is_timed(tmp_path: Path) -> None:
     figures = script("throughput").main(["--shape", "1b", "--steps", "5", "--rounds", "1", "--out", str(tmp_path)])
     assert figures["figures"]["qlora"]["ours"]["tokens_per_second"] > 0
+
+
+@pytest.mark.gpu
+def test_on_two_cards_a_shared_out_4_bit_base_trains_as_a_whole_one(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    arguments = ["--shape", "1b", "--steps", "5", "--length", "512", "--alone", "--out", str(tmp_path)]
+    figures = script("sharded").main(arguments)["figures"]
+    assert figures["largest_difference"] < 0.01
+    assert figures["shared"]["peak_gpu_memory_mb"] < figures["alone"]["peak_gpu_memory_mb"]

@@ -58,7 +58,7 @@ def write_holdout(folder: Path, tokenizer: Any, answers: Sequence[str], tokenize
     return folder
 
 
-def make_adapter(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> Path:
+def make_adapter(folder: Path, base: Path, *, seed: int, scale: float = 0.3, dora: bool = False) -> Path:
     """Write an adapter with random A and B for every linear layer of the base in `base`."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -66,7 +66,7 @@ def make_adapter(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> 
 
     from regraft.model.adapter import save_adapter
 
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT 0.21's own use
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)

@@ -54,9 +54,27 @@ def test_a_smaller_card_never_gets_more() -> None:
 
 def test_the_steps_come_in_the_order_of_the_guide() -> None:
     told = " | ".join(step.change for step in fit(LLAMA_8B, WANTED, GIB).steps)
-    marks = ["16-bit base", "NF4 (QLoRA)", "NF4, micro-batch 1", "checkpointing", "paged", "sequences of 512", "rank 8"]
+    marks = ["16-bit base", "NF4 (QLoRA)", "NF4, micro-batch 1", "logits of 256", "16 bits, gradient checkpointing"]
+    marks += ["| gradient checkpointing", "paged", "sequences of 512", "rank 8"]
     places = [told.index(mark) for mark in marks]
     assert places == sorted(places)
+
+
+def test_a_16_bit_base_with_recomputed_activations_comes_before_a_4_bit_one_with_them() -> None:
+    long = WANTED.but(batch=1, length=32768, trained=0.02)
+    found = fit(LLAMA_8B, long, 50 * GIB)
+    assert (found.fits, found.setup.bits, found.setup.checkpointing) == (True, 16, True)
+    assert not any(step.fits for step in found.steps[:-1])
+
+
+def test_logits_in_chunks_are_tried_before_activations_are_recomputed_where_they_save_something() -> None:
+    wide = WANTED.but(batch=1, length=4096, trained=1.0)
+    limit = predict(LLAMA_8B, wide.but(bits=4, chunk=256)).total / (1 - HEADROOM) + 1
+    found = fit(LLAMA_8B, wide, int(limit))
+    assert (found.setup.bits, found.setup.chunk, found.setup.checkpointing) == (4, 256, False)
+    assert settings_of(wide, found.setup, alpha=32, max_length=4096)["train.logits_chunk"] == 256
+    few = fit(LLAMA_8B, wide.but(trained=0.01), GIB)
+    assert not any("logits" in step.change for step in few.steps)
 
 
 def test_where_nothing_fits_the_smallest_is_told() -> None:
@@ -127,6 +145,39 @@ def test_a_size_is_read_in_the_units_of_the_field(size: str, expected: float) ->
 def test_what_is_no_size_is_refused(size: str) -> None:
     with pytest.raises(ParamsError, match="expected a size such as 6GiB"):
         card_of_size(size)
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("rtx2060", False),
+        ("t4", False),
+        ("Tesla T4", False),
+        ("NVIDIA GeForce RTX 2080 Ti", False),
+        ("v100-32gb", False),
+        ("gtx1660", False),
+        ("NVIDIA GeForce RTX 4090", True),
+        ("rtx3050", True),
+        ("NVIDIA H200", True),
+        ("6 GiB", True),
+        ("NVIDIA L4", True),
+        ("a40", True),
+        ("rtx4060ti", True),
+    ],
+)
+def test_a_card_before_ampere_computes_in_fp16_and_holds_the_rest_of_its_base_in_fp32(name: str, bf16: bool) -> None:
+    from regraft.model.params import ModelParams
+    from regraft.plan.cards import Card
+    from regraft.plan.setup import setup_from
+    from regraft.train.params import TrainParams
+
+    card = Card(name, GIB)
+    assert card.bf16 is bf16
+    setup = setup_from(TrainParams(max_steps=1), ModelParams(), length=128, bf16=card.bf16)
+    assert setup.unquantized_fp32 is not bf16
+    assert not setup_from(
+        TrainParams(max_steps=1), ModelParams(), length=128, on_gpu=False, bf16=False
+    ).unquantized_fp32
 
 
 def test_a_card_is_known_by_any_usual_spelling() -> None:

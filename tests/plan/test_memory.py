@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from regraft.errors import ParamsError
-from regraft.model.params import ModelParams
+from regraft.model.params import ModelParams, Quantization
 from regraft.plan.architecture import architecture, read_architecture
 from regraft.plan.memory import Prediction, predict, quantized_bytes
 from regraft.plan.setup import Setup, adapted, setup_from
@@ -52,15 +52,14 @@ def loaded(folder: Path, **quantization: Any) -> Any:
     """The base as training loads and prepares it."""
     from types import SimpleNamespace
 
-    from peft import prepare_model_for_kbit_training
-
-    from regraft.model.load import load_model
+    from regraft.model.load import load_model, prepare_for_adapters
     from regraft.model.params import Quantization
 
     how = Quantization(compute_dtype="bf16", **quantization)
-    base: Any = SimpleNamespace(folder=folder)
+    base: Any = SimpleNamespace(folder=folder, new_tokens={})
     model = load_model(base, how, training=True)
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if how.bits < 16 else model
+    prepare_for_adapters(model, how)
+    return model
 
 
 def held(tensors: Iterable[Any]) -> int:
@@ -76,16 +75,36 @@ def state_tensors(state: Any) -> list[Any]:
     return tensors
 
 
-@pytest.mark.parametrize(("double", "skip"), [(True, []), (False, []), (True, ["o_proj"])])
-def test_a_4_bit_base_is_as_many_bytes_as_bitsandbytes_holds(folder: Path, double: bool, skip: list[str]) -> None:
-    model = loaded(folder, bits=4, double_quant=double, skip_modules=skip)
+@pytest.mark.parametrize(
+    ("double", "skip", "rest"),
+    [
+        (True, [], "auto"),
+        (True, [], "fp32"),
+        (False, [], "auto"),
+        (True, ["o_proj"], "fp32"),
+        (True, ["o_proj"], "auto"),
+    ],
+)
+def test_a_4_bit_base_is_as_many_bytes_as_bitsandbytes_holds(
+    folder: Path, double: bool, skip: list[str], rest: str
+) -> None:
+    model = loaded(folder, bits=4, double_quant=double, skip_modules=skip, unquantized=rest)
     four = [m for m in model.modules() if hasattr(getattr(m, "weight", None), "quant_state")]
     scales = [t for module in four for t in state_tensors(module.weight.quant_state)]
     packed = [module.weight for module in four]
-    rest = [p for p in model.parameters() if not any(p is weight for weight in packed)]
-    found = predict(read_architecture(folder), Setup(double_quant=double, skip_modules=tuple(skip)))
+    others = [p for p in model.parameters() if not any(p is weight for weight in packed)]
+    setup = Setup(double_quant=double, skip_modules=tuple(skip), unquantized_fp32=rest == "fp32")
+    found = predict(read_architecture(folder), setup)
     assert found.base == held([*packed, *scales])
-    assert found.unquantized == held(rest)
+    assert found.unquantized == held(others)
+
+
+def test_what_is_cast_to_fp32_is_what_peft_casts(folder: Path) -> None:
+    from peft import prepare_model_for_kbit_training
+
+    theirs = prepare_model_for_kbit_training(loaded(folder, bits=4), use_gradient_checkpointing=False)
+    ours = loaded(folder, bits=4, unquantized="fp32")
+    assert {n: p.dtype for n, p in ours.named_parameters()} == {n: p.dtype for n, p in theirs.named_parameters()}
 
 
 def test_an_8_bit_base_is_as_many_bytes_as_bitsandbytes_holds(folder: Path) -> None:
@@ -103,6 +122,16 @@ def test_a_16_bit_base_keeps_its_bytes(folder: Path) -> None:
     model = loaded(folder, bits=16)
     found = predict(read_architecture(folder), Setup(bits=16))
     assert found.base + found.unquantized == held(model.parameters())
+
+
+def test_tokens_that_the_base_lacks_are_rows_more_at_both_ends(folder: Path) -> None:
+    from regraft.model.tokens import make_room
+
+    shape, model = read_architecture(folder), loaded(folder, bits=16)
+    make_room(model, {"<a>": 320, "<b>": 321, "<c>": 322})
+    found, before = predict(shape, Setup(bits=16, added_tokens=3)), predict(shape, Setup(bits=16))
+    assert found.base + found.unquantized == held(model.parameters())
+    assert found.trainable - before.trainable == 3 * 128 * (1 if shape.tied else 2)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -220,6 +249,14 @@ def test_a_setup_is_what_the_parameters_say() -> None:
         saved=("embed_tokens",),
         new_tokens=2,
     )
+    chunk, fused = train.model_copy(update={"logits_chunk": 64}), train.model_copy(update={"kernels": "fused"})
+    assert setup_from(chunk, ModelParams(), length=256, on_gpu=False).chunk == 64
+    assert (
+        setup_from(fused, ModelParams(), length=256).chunk,
+        setup_from(fused, ModelParams(), length=256, on_gpu=False).chunk,
+    ) == (1024, None)
+    half = Quantization(compute_dtype="fp16")
+    assert setup_from(train, ModelParams(quantization=half), length=256).unquantized_fp32
     assert setup_from(train, ModelParams(), length=256, on_gpu=False).compute_bytes == 4
 
 
@@ -227,3 +264,32 @@ def test_what_is_trained_whole_or_token_by_token_counts() -> None:
     model = architecture({"model_type": "llama", **LLAMA})
     more = predict(model, Setup(saved=("embed_tokens",), new_tokens=3)).trainable - predict(model, Setup()).trainable
     assert more == 320 * 128 + 3 * 128
+
+
+def test_exaone_trains_at_1024_tokens_in_4_gb_by_what_is_not_cast_and_by_fewer_logits() -> None:
+    shape = {"vocab_size": 102400, "hidden_size": 2560, "intermediate_size": 7168, "num_hidden_layers": 30}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
+    model = architecture({"model_type": "llama", **shape})
+    setup = Setup(batch=1, checkpointing=True, optimizer="paged_adamw_8bit", attention="lengths")
+    cast, kept = predict(model, setup.but(unquantized_fp32=True)), predict(model, setup)
+    fewer = predict(model, setup.but(chunk=256))
+    embedding = 102400 * 2560
+    assert cast.unquantized - kept.unquantized == 2 * (embedding + 61 * 2560)
+    assert kept.logits - fewer.logits == 12 * 102400 * (1024 - 256)
+    assert (cast.total > 4.9e9, kept.total < 4e9, fewer.total < 3e9) == (True, True, True)
+
+
+def test_a_base_that_is_shared_out_takes_its_share_and_what_is_gathered_for_a_moment() -> None:
+    model = architecture({"model_type": "llama", **{**LLAMA, "num_hidden_layers": 40, "hidden_size": 1024}})
+    whole = predict(model, Setup(batch=1))
+    for shards in (2, 8):
+        found = predict(model, Setup(batch=1, shards=shards))
+        for part in ("unquantized", "adapter", "gradients", "optimizer"):
+            assert getattr(found, part) == -(-getattr(whole, part) // shards)
+        assert whole.base / shards < found.base < 1.05 * whole.base / shards + whole.base / 25  # scales stay whole
+        assert (found.activations, found.logits) == (whole.activations, whole.logits)
+        assert found.workspace > whole.workspace
+        assert found.total < whole.total
+    train = TrainParams(max_steps=1, processes=4, sharding="full")
+    assert setup_from(train, ModelParams(), length=128).shards == 4
+    assert setup_from(train.model_copy(update={"sharding": "none"}), ModelParams(), length=128).shards == 1

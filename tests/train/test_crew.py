@@ -13,27 +13,29 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from regraft.errors import Exit
-from regraft.model.params import ModelParams
+from regraft.errors import Exit, RegraftError
+from regraft.model.params import ModelParams, Quantization
 from regraft.train import crew
 from regraft.train.params import TrainParams
 
 ROOT = Path(__file__).parent.parent.parent
+NF4 = ModelParams()
 ALONE = TrainParams(
     max_steps=6, batch_size=4, rank=4, alpha=8, learning_rate=5e-3, warmup=0.2, logging_every=1, checkpoint_every=2,
     threads=1,
 )  # fmt: skip
 TOGETHER = ALONE.model_copy(update={"processes": 2, "batch_size": 2})
+SHARED = TOGETHER.model_copy(update={"sharding": "full"})
 
 
-def clone(folder: Path, pinned: Path, dataset: Path, params: TrainParams) -> Path:
+def clone(folder: Path, pinned: Path, dataset: Path, params: TrainParams, model: ModelParams = NF4) -> Path:
     """A folder in which the stage `train` can run."""
     from ruamel.yaml import YAML
 
     work = folder / "data/work"
     shutil.copytree(pinned, work / "model")
     shutil.copytree(dataset, work / "preprocess")
-    content = {"model": ModelParams().model_dump(mode="json"), "train": params.model_dump(mode="json")}
+    content = {"model": model.model_dump(mode="json"), "train": params.model_dump(mode="json")}
     with (folder / "params.yaml").open("w") as file:
         YAML(typ="safe").dump(content, file)
     return folder
@@ -96,6 +98,77 @@ def test_two_processes_make_the_steps_that_one_makes_of_the_same_blocks(
         assert float((theirs[name] - tensor).norm()) <= 5e-2 * float(tensor.norm())
     newest = max((folder / "data/work/checkpoints").glob("*/step-*"))
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in newest.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 4])
+def test_two_processes_that_share_the_base_out_make_the_steps_of_one_that_has_it_whole(
+    tmp_path: Path, pinned: Path, even: Path, bits: int
+) -> None:
+    """FSDP2 on gloo; the same for NF4, whose weights are then stored as floats."""
+    from regraft.train.trainer import train
+
+    model = ModelParams(quantization=Quantization(bits=bits))
+    train(ALONE, model, base=pinned, dataset=even, out=tmp_path / "alone", checkpoints=tmp_path / "checkpoints")
+    folder = clone(tmp_path / "clone", pinned, even, SHARED, model)
+    running = start(folder)
+    said, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, said
+    out = folder / "data/work/train"
+    for one, two in zip(lines(tmp_path / "alone"), lines(out), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+    ours = load_file(tmp_path / "alone/adapter/adapter_model.safetensors")
+    theirs = load_file(out / "adapter/adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert float((theirs[name] - tensor).norm()) <= 5e-2 * float(tensor.norm())
+    report = json.loads((out / "report.json").read_text())
+    assert (report["zero_b"], report["missing_modules"], report["all_finite"]) == ([], [], True)
+
+
+@pytest.mark.extended
+def test_a_shared_out_training_that_is_stopped_ends_as_if_undisturbed(
+    tmp_path: Path, pinned: Path, dataset: Path
+) -> None:
+    changes = {"max_steps": 60, "checkpoint_every": 10, "gradient_checkpointing": True}
+    params = SHARED.model_copy(update={**changes, "validation_share": 0.2, "validate_every": 20, "keep": "best"})
+    whole = clone(tmp_path / "whole", pinned, dataset, params)
+    assert ended(start(whole)) == 0
+    folder = clone(tmp_path / "stopped", pinned, dataset, params)
+    running = start(folder)
+    deadline = time.monotonic() + 200
+    while not list((folder / "data/work/checkpoints").glob("*/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    said, _ = running.communicate(timeout=100)
+    assert running.returncode == Exit.PREEMPTED, said
+    assert ended(start(folder)) == 0
+    adapters = [each / "data/work/train/adapter/adapter_model.safetensors" for each in (whole, folder)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_a_base_that_was_not_shared_out_is_refused(tiny_base: Path) -> None:
+    """accelerate drops its plugin on a CPU: without this, copies of the whole base would pass for shares."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from regraft.model.adapter import adapter_parameters, attach
+    from regraft.train.shard import follow_shards
+
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = attach(AutoModelForCausalLM.from_pretrained(tiny_base), config)
+    with pytest.raises(RegraftError, match="layers were not shared out one by one"):
+        follow_shards(model, adapter_parameters(model))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"processes": 1}, {"dora": True}, {"init": "pissa"}, {"optimizer": "paged_adamw_8bit"}, {"kernels": "fused"}],
+)
+def test_what_was_not_tried_with_a_shared_out_base_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="for `sharding: full`"):
+        TrainParams.model_validate(SHARED.model_dump() | changes)
 
 
 @pytest.mark.extended

@@ -24,14 +24,18 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def clone(pinned: Path, dataset: Path, params: TrainParams, tmp_path: Path) -> Path:
+def _clone(folder: Path, pinned: Path, dataset: Path, params: TrainParams) -> Path:
     """A clone in which `python -m regraft.train` finds what it needs."""
     sections = {"model": ModelParams().model_dump(mode="json"), "train": params.model_dump(mode="json")}
-    (tmp_path / "params.yaml").write_text(json.dumps(sections))  # JSON is YAML
-    shutil.copytree(pinned, tmp_path / "data/work/model")
-    shutil.copytree(dataset, tmp_path / "data/work/preprocess")
-    return tmp_path
+    shutil.copytree(pinned, folder / "data/work/model")
+    shutil.copytree(dataset, folder / "data/work/preprocess")
+    (folder / "params.yaml").write_text(json.dumps(sections))  # JSON is YAML
+    return folder
+
+
+@pytest.fixture
+def clone(pinned: Path, dataset: Path, params: TrainParams, tmp_path: Path) -> Path:
+    return _clone(tmp_path, pinned, dataset, params)
 
 
 def _stage(clone: Path, failpoint: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
@@ -87,8 +91,7 @@ def test_a_kill_at_every_failpoint_of_training_ends_with_the_undisturbed_bytes(
         }
 
         for point in points:
-            for left in ("train", "checkpoints"):
-                shutil.rmtree(work / left, ignore_errors=True)
+            _sweep(work)
             assert stage(point) == -signal.SIGKILL, point
             assert stage("") == 0, point
             assert _bytes(work / "train") == expected, point
@@ -96,27 +99,47 @@ def test_a_kill_at_every_failpoint_of_training_ends_with_the_undisturbed_bytes(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(1800)  # most signals come before the first step or after the last one
+@pytest.mark.timeout(1800)  # twenty signals and what is trained again in between, on cores that may be busy
 def test_twenty_random_sigterms_each_end_with_a_checkpoint_and_the_undisturbed_bytes_come_out(
-    clone: Path, expected: dict[str, bytes]
+    pinned: Path, dataset: Path, params: TrainParams, tmp_path: Path
 ) -> None:
-    chance, work, preempted, finished = random.Random(3), clone / "data/work", 0, 0
+    """Each signal counts that came after the first new step: it stopped training, behind a checkpoint of its own."""
+    params = params.model_copy(update={"max_steps": 120, "checkpoint_every": 30, "logging_every": 10})
+    clone = _clone(tmp_path, pinned, dataset, params)
+    chance, work, stopped, finished, early = random.Random(3), clone / "data/work", [], 0, 0
     with _forking(clone) as stage:
         began = time.monotonic()
         assert stage("") == 0
         whole = time.monotonic() - began
-        while preempted < 20:
+        expected = _bytes(work / "train")
+        _sweep(work)
+        while len(stopped) < 20:
+            before = _newest(work)
             code = stage(f"- {chance.uniform(0, whole):.4f}")
             assert code in (0, 5), code
-            preempted += code == 5
-            if code == 0:
+            if code == 5 and _newest(work) == before:
+                early += 1  # before the first new step: nothing was lost, and nothing had to be saved
+            elif code == 5:
+                assert not (work / "train").exists()
+                stopped.append(_newest(work))
+            else:
                 assert _bytes(work / "train") == expected
                 finished += 1
-                for left in ("train", "checkpoints"):
-                    shutil.rmtree(work / left, ignore_errors=True)
+                _sweep(work)
+            assert finished + early < 200, f"signals came too early or too late to disturb anything: {stopped}"
         assert stage("") == 0
     assert _bytes(work / "train") == expected
-    assert finished < 200, "signals came too late to disturb anything"
+    assert len(set(stopped)) > 10, f"they did not come at random: {stopped}"
+
+
+def _newest(work: Path) -> str:
+    """The name of the newest checkpoint, which is whole: the stage takes no other."""
+    return max((folder.name for folder in work.glob("checkpoints/*/step-*")), default="")
+
+
+def _sweep(work: Path) -> None:
+    for left in ("train", "checkpoints"):
+        shutil.rmtree(work / left, ignore_errors=True)
 
 
 FORKING = """
