@@ -346,6 +346,10 @@ def part_prepare(base: str, rows: str, out: str, cache: str) -> None:
     """Ours."""
     import logging
 
+    from regraft.preprocess.malloc import keep_small_blocks
+
+    keep_small_blocks()  # as the stage does
+
     from regraft.preprocess.params import PreprocessParams
     from regraft.preprocess.preprocess import preprocess
 

@@ -3,6 +3,11 @@
 import sys
 import time
 
+from regraft.preprocess.malloc import keep_small_blocks
+
+if __name__ == "__main__":
+    keep_small_blocks()
+
 from pydantic import BaseModel
 
 from regraft.artifacts import write_json
