@@ -25,6 +25,7 @@ GROUPS = {
         "numpy",
         "pyarrow",
     ),
+    "preference": ("trl",),
 }
 
 

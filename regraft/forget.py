@@ -259,7 +259,8 @@ def _look(
     if rows:
         ids = set()
         for each in _rows(rows[0]):
-            said = "\n".join((*_said(each["messages"]), *(value for _, value in each["slices"] or ())))
+            other = (each["rejected"],) if each.get("rejected") is not None else ()
+            said = "\n".join((*_said(each["messages"]), *other, *(value for _, value in each["slices"] or ())))
             if search.finds(said, each["id"]):
                 ids.add(each["row_id"])
                 contents.add(listed.of_content(each["messages"]))
@@ -291,7 +292,10 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_BATCH, columns=["row_id", "messages", "slices", "id"], use_threads=False):
+        columns = [
+            name for name in ("row_id", "messages", "slices", "id", "rejected") if name in file.schema_arrow.names
+        ]
+        for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
             yield from batch.to_pylist()
 
 

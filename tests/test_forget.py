@@ -47,9 +47,20 @@ def clone(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return root
 
 
-def trained(root: Path, adapter: str, rows: int, *, learnt: range | None = None, parent: str | None = None) -> Version:
+def trained(
+    root: Path,
+    adapter: str,
+    rows: int,
+    *,
+    learnt: range | None = None,
+    parent: str | None = None,
+    rejected: list[str] | None = None,
+) -> Version:
     """Register a version that was made from `rows` rows and trained on those of `learnt`."""
     layout = clones.make(root, adapter=adapter, rows=rows)
+    if rejected is not None:
+        file = layout.stage("validate") / "rows.parquet"
+        pq.write_table(pq.read_table(file).append_column("rejected", pa.array(rejected, pa.string())), file)
     (root / "params.yaml").write_text("data:\n  forget: null   # nothing yet\n  id: id\ntrain:\n  rank: 4\n")
     made = pq.read_table(layout.stage("validate") / "rows.parquet").to_pylist()
     raw = root / RAW
@@ -98,6 +109,37 @@ def test_rows_that_match_are_listed_and_the_version_that_learnt_them_is_tagged(c
 
     again = forget(clone, "parcel number (4|5)$")
     assert (again.contents, again.digest, again.versions) == (0, found.digest, found.versions)
+
+
+def test_an_answer_that_was_not_preferred_is_looked_at_too(clone: Path) -> None:
+    version = trained(clone, "a", 4, learnt=range(4), rejected=["no", "call Jane", "no", "no"])
+
+    done = forget(clone, "jane", dry_run=True)
+
+    assert (done.rows, done.versions) == (0, [Seen(version.number, "rows", 1, ("challenger",))])
+
+
+def test_a_pair_goes_when_either_answer_was_forgotten(tmp_path: Path) -> None:
+    from regraft.validate.forgotten import fresh
+    from regraft.validate.params import ValidateParams
+
+    raw = tmp_path / RAW
+    raw.parent.mkdir(parents=True)
+    pairs = [{"prompt": f"ask {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(4)]
+    raw.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    turns = [
+        [{"role": "user", "content": f"ask {i}"}, {"role": "assistant", "content": a}]
+        for i, a in ((0, "yes 0"), (2, "no 2"))
+    ]
+    listed = fresh()
+    digest = listed.adding(("content", listed.of_content(each)) for each in turns).save(tmp_path / FORGET)
+    validate(
+        ValidateParams(), DataParams(layout="preference", forget=digest), raw_root=tmp_path, out=tmp_path / "out",
+        docs=tmp_path / "docs",
+    )  # fmt: skip
+
+    kept = pq.read_table(tmp_path / "out/rows.parquet").to_pylist()
+    assert [row["messages"][0]["content"] for row in kept] == ["ask 1", "ask 3"]
 
 
 def test_validate_leaves_them_out_of_then_on_whatever_file_they_come_in(clone: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from regraft.errors import ParamsError, PinMismatch
 from regraft.evaluate.answers import summarise, write_answers
 from regraft.evaluate.holdout import Holdout, read_holdout
 from regraft.evaluate.params import EvaluateParams
-from regraft.evaluate.report import BASE, AdapterScores, EvaluateReport
+from regraft.evaluate.preferences import likelihoods, read_pairs, summarise_pairs
+from regraft.evaluate.report import BASE, AdapterScores, EvaluateReport, PreferenceScore, PreferenceScores
 from regraft.evaluate.store import code_digest, params_digest
 from regraft.failpoints import failpoint
 from regraft.model.params import Quantization
@@ -94,6 +95,7 @@ def _score_all(
     opened = open_base(base)
     _check_tokenizer(dataset, opened.report.tokenizer_digest)
     holdout = read_holdout(dataset, params.max_rows)
+    pairs = read_pairs(dataset, params.max_rows)
     slices = _slices(params, holdout)
     adapters = {name: path for name, path in scored.items() if path is not None}
     for folder in adapters.values():
@@ -105,14 +107,18 @@ def _score_all(
     model: Any = load_model(opened, quantization, training=False, attention=attention, gpu_memory=params.gpu_memory)
     seconds = {"load": time.monotonic() - clock}
     scores: dict[str, AdapterScores] = {}
+    preferences: dict[str, PreferenceScores] = {}
+    plain = likelihoods(model, pairs, params)
     with commit_dir(out) as made:
         for name, path in scored.items():
             clock = time.monotonic()
             if path is None:
                 answers = answer_rows(model, tokenizer, holdout.rows, params, name)
+                own = plain
             else:
                 adapted = load_adapter(model, path)
                 answers = answer_rows(adapted, tokenizer, holdout.rows, params, name)
+                own = likelihoods(adapted, pairs, params)
                 model = take_off(adapted)  # the plain base again, for the next adapter
             seconds[name] = time.monotonic() - clock
             write_answers(made / f"answers-{name}.parquet", answers)
@@ -126,6 +132,9 @@ def _score_all(
                 "not finite" if overall.loss is None else f"{overall.loss:.4f}",
                 seconds[name],
             )
+            if pairs:
+                preferences[name] = summarise_pairs(pairs, own, None if path is None else plain, slices)
+                log.info("%s: %s", name, _ranking(preferences[name].overall))
             failpoint("evaluate.scored")
         report = EvaluateReport(
             base_digest=opened.report.digest,
@@ -138,6 +147,7 @@ def _score_all(
             answers_too_long=_too_long(tokenizer, holdout, params.max_new_tokens),
             adapters=digests,
             scores=scores,
+            preferences=preferences or None,
         )
         if report.answers_too_long:
             log.warning(
@@ -159,6 +169,14 @@ def _score_all(
             },
         )
     return report
+
+
+def _ranking(score: PreferenceScore) -> str:
+    accuracy = score.reward_accuracy if score.pairs else score.single_accuracy
+    margin = score.reward_margin if score.pairs else score.single_margin
+    if accuracy is None or margin is None:
+        return f"{score.rows} held-out preferences, rewards are measured against the base"
+    return f"{accuracy:.1%} of {score.rows} held-out preferences ranked right, margin {margin:.3f} nats"
 
 
 def _check_tokenizer(dataset: Path, tokenizer_digest: str) -> None:

@@ -36,13 +36,13 @@ class Holdout:
 
 
 def holdout_digest(dataset: Path) -> str:
-    """Return the digest of the holdout in `dataset`, after comparing its bytes with the manifest.
+    """Return the digest of the holdout in `dataset`, preferences included, after comparing its bytes with the manifest.
 
     Raises:
         MissingInput: there is no whole preprocess output, or no holdout in it.
         DamagedArtifact: bytes differ from the manifest.
     """
-    paths = _files(dataset)
+    paths = [*_files(dataset), *sorted(dataset.glob("holdout_pairs-*.arrow"))]
     try:
         listed = {name: entry["sha256"] for name, entry in read_json(dataset / MANIFEST)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:

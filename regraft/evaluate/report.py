@@ -1,8 +1,12 @@
 """What evaluation measured; the comparison gate decides from it and from the answers."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_serializer
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from regraft.report import Report
+from regraft.sparse import without_defaults
 
 BASE = "base"
 """The name under which the base without an adapter is scored."""
@@ -37,13 +41,43 @@ class AdapterScores(BaseModel):
     slices: dict[str, dict[str, Score]]
 
 
+class PreferenceScore(BaseModel):
+    """How a model ranks held-out answers; see `regraft.evaluate.preferences`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rows: int
+    pairs: int
+    """Rows with two answers."""
+    likelihood_accuracy: float | None
+    """Share of the pairs whose preferred answer has the higher mean log likelihood of a token; null without pairs."""
+    reward_accuracy: float | None
+    """Share of the pairs whose preferred answer has the higher reward; null for the base, whose rewards are 0."""
+    reward_margin: float | None
+    """Mean reward of the preferred answers minus that of the others, in nats; null where one is not finite, too."""
+    single_accuracy: float | None
+    """Of single answers: how often one that is wanted has a higher reward than one that is not (ties count half)."""
+    single_margin: float | None
+    """Mean reward of the single answers that are wanted minus that of those that are not, in nats."""
+
+
+class PreferenceScores(BaseModel):
+    """One model's: over all rows, and for each value of each slice."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    overall: PreferenceScore
+    slices: dict[str, dict[str, PreferenceScore]]
+
+
 class EvaluateReport(Report):
     """Scores of the base and of adapters on one holdout; equal inputs give equal bytes on a CPU."""
 
     base_digest: str
     tokenizer_digest: str
     holdout_digest: str
-    """sha256 of the holdout's Arrow file (of the canonical JSON list of them, where there are several)."""
+    """sha256 of the holdout's Arrow file (of the canonical JSON list of them and of held-out preferences, where there
+    are several)."""
     params_digest: str
     """Digest of the parameters that scores depend on: the section `evaluate` and `model.quantization`."""
     code_digest: str
@@ -57,3 +91,9 @@ class EvaluateReport(Report):
     """Digest of each adapter by the name that it was scored under; the base has none and is not listed."""
     scores: dict[str, AdapterScores]
     """By name; `base` is the base without an adapter."""
+    preferences: dict[str, PreferenceScores] | None = None
+    """By name, where the holdout has preferences; else left out."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(handler(self), self, ("preferences",))

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from regraft.artifacts import commit_dir, digest_file, digest_json, read_json, verify_dir
 from regraft.errors import DamagedArtifact, MissingInput, RegraftError, StageFailed
@@ -23,7 +24,14 @@ from regraft.layout import Layout
 from regraft.model.params import Quantization
 
 log = logging.getLogger("regraft.evaluate")
-_SCORING = ("chat.py", "evaluate/answers.py", "evaluate/evaluate.py", "evaluate/holdout.py", "evaluate/score.py")
+_SCORING = (
+    "chat.py",
+    "evaluate/answers.py",
+    "evaluate/evaluate.py",
+    "evaluate/holdout.py",
+    "evaluate/preferences.py",
+    "evaluate/score.py",
+)
 _LOADING = ("model/adapter.py", "model/load.py")
 _LIBRARIES = ("bitsandbytes", "peft", "tokenizers", "torch", "transformers")
 _GRACE = 20.0  # seconds that a scoring process has to end before it is killed
@@ -90,7 +98,10 @@ def keep(layout: Layout, evaluated: Path, name: str) -> Stored:
         return found
     with commit_dir(layout.scores / key) as folder:
         shutil.copyfile(evaluated / f"answers-{name}.parquet", folder / "answers-adapter.parquet")
-        alone = {"adapters": {"adapter": report.adapters[name]}, "scores": {"adapter": report.scores[name]}}
+        alone: dict[str, Any] = {"adapters": {"adapter": report.adapters[name]}}
+        alone["scores"] = {"adapter": report.scores[name]}
+        if report.preferences is not None:
+            alone["preferences"] = {"adapter": report.preferences[name]}
         report.model_copy(update=alone).save(folder / "report.json")
     return _stored(layout.scores / key)
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from regraft.gates.params import SupervisionGate
-from regraft.gates.verdict import Verdict, at_least, at_most, decide, same
-from regraft.preprocess.report import PreprocessReport
+from regraft.gates.verdict import Check, Verdict, at_least, at_most, decide, same
+from regraft.preprocess.report import PreprocessReport, Supervision
 
 GATE = "supervision"
 
@@ -18,37 +18,46 @@ def judge_supervision(params: SupervisionGate, report: PreprocessReport, *, expe
         expected: digests that the report must name: `tokenizer` of the base, `data` that was trained on, `holdout` that
             was answered.
     """
-    audit = report.supervision
     found = {"tokenizer": report.tokenizer_digest, "data": report.train_digest, "holdout": report.holdout_digest}
-    unknown = audit.unknown_tokens / audit.tokens if audit.tokens else 1.0
+    audit = report.supervision
     checks = [
         *same(expected, found, "the preprocess report"),
         at_least("rows", audit.rows, params.min_rows, "Training rows"),
-        at_least("trained_tokens", audit.trained_tokens, 1, "Trained tokens"),
-        at_most("training_nothing", audit.rows_training_nothing, 0, "Rows that train nothing"),
+        *_of_audit(params, audit),
+    ]
+    if report.preferences is not None and report.preferences.supervision.rows:
+        checks += _of_audit(params, report.preferences.supervision, "other_", " (answers that are not wanted)")
+    return decide(GATE, checks, {**expected, "template": report.template_digest})
+
+
+def _of_audit(params: SupervisionGate, audit: Supervision, prefix: str = "", of: str = "") -> list[Check]:
+    unknown = audit.unknown_tokens / audit.tokens if audit.tokens else 1.0
+    checks = [
+        at_least("trained_tokens", audit.trained_tokens, 1, f"Trained tokens{of}"),
+        at_most("training_nothing", audit.rows_training_nothing, 0, f"Rows that train nothing{of}"),
         at_least(
             "learning_to_stop",
             audit.rows_learning_to_stop,
             params.min_learning_to_stop,
-            "Share of rows that learn to stop",
+            f"Share of rows that learn to stop{of}",
             rows=audit.rows,
         ),
         at_least(
             "answers_recovered",
             audit.answers_recovered,
             params.min_recovered,
-            "Share of answers that come back from their tokens",
+            f"Share of answers that come back from their tokens{of}",
             rows=audit.answers,
         ),
         at_least(
             "round_trip",
             audit.round_trip,
             params.min_recovered,
-            "Share of rows that survive the tokenizer",
+            f"Share of rows that survive the tokenizer{of}",
             rows=audit.rows,
         ),
-        at_most("control_leaked", audit.control_leaked, 0, "Control tokens that somebody typed"),
-        at_most("truncated", audit.truncated, 0, "Rows that were cut"),
-        at_most("unknown_tokens", unknown, params.max_unknown, "Share of tokens that stand for unknown text"),
+        at_most("control_leaked", audit.control_leaked, 0, f"Control tokens that somebody typed{of}"),
+        at_most("truncated", audit.truncated, 0, f"Rows that were cut{of}"),
+        at_most("unknown_tokens", unknown, params.max_unknown, f"Share of tokens that stand for unknown text{of}"),
     ]
-    return decide(GATE, checks, {**expected, "template": report.template_digest})
+    return [each.model_copy(update={"name": f"{prefix}{each.name}"}) for each in checks]

@@ -57,6 +57,9 @@ def judge_training(
         ),
         none_of("zero_b", sorted({*report.zero_b, *broken}), "Adapted layers that change nothing"),
     ]
+    if (preference := report.preference) is not None:
+        rise = preference.margin_last - preference.margin_first
+        checks.append(at_least("reward_margin", rise, 0, "Rise of the reward of preferred answers over the others"))
     return decide(GATE, checks, expected)
 
 

@@ -154,5 +154,6 @@ def _halves(batch: int) -> list[int]:
 
 
 def _micro(setup: Setup, batch: int) -> Setup:
-    """Return the same step in smaller pieces; rounded up where it does not divide."""
+    """Return the same step in smaller pieces, as small as the objective allows; rounded up where it does not divide."""
+    batch = max(batch, setup.least_batch)
     return setup.but(batch=batch, accumulation=-(-setup.batch * setup.accumulation // batch))

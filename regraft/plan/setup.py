@@ -38,7 +38,11 @@ class Setup:
     """Tokens that the base lacks (`model.new_tokens`): a row more at both ends for each, trained."""
     batch: int = 8
     length: int = 1024
-    """Tokens of a packed block."""
+    """Tokens of a packed block; with preferences, of a prompt with its answer."""
+    answers: int = 1
+    """Sequences of each of the batch's rows: 2 with preferences, whose two answers go through the model together."""
+    least_batch: int = 1
+    """Rows that a batch must have: kto compares answers of several."""
     accumulation: int = 1
     trained: float = 1.0
     """Share of the tokens that carry a loss: logits exist only for them."""
@@ -60,7 +64,7 @@ class Setup:
     @property
     def tokens(self) -> int:
         """Tokens that go through the model at once."""
-        return self.batch * self.length
+        return self.batch * self.answers * self.length
 
     def but(self, **changes: object) -> "Setup":
         """Return a copy with other values."""
@@ -81,6 +85,7 @@ def setup_from(
         bf16: the GPU computes in bf16; where it cannot, `auto` is fp16, and what stays unquantised is cast to fp32.
     """
     quantization = model.quantization
+    pairs, odds = train.objective != "supervised", train.objective == "orpo"
     targets = train.target_modules
     sixteen = quantization.compute_dtype in ("bf16", "fp16") or (quantization.compute_dtype == "auto" and on_gpu)
     fp16 = quantization.compute_dtype == "fp16" or (quantization.compute_dtype == "auto" and on_gpu and not bf16)
@@ -93,7 +98,9 @@ def setup_from(
         rank=train.rank,
         rank_pattern=tuple(train.rank_pattern.items()),
         chunk=train.logits_chunk
-        or (CHUNK if train.kernels == "fused" and on_gpu and train.method != "prompt" else None),
+        or (CHUNK if train.kernels == "fused" and on_gpu and train.method != "prompt" and not odds else None)
+        # TRL makes and forgets logits in chunks, but for ORPO's, which it makes of every position.
+        or (CHUNK if pairs and not odds else None),
         unquantized_fp32=keeps_fp32(quantization.unquantized, fp16=fp16),
         shards=train.processes if train.sharding == "full" else 1,
         on_gpu=on_gpu,
@@ -103,11 +110,13 @@ def setup_from(
         prompt_tokens=train.prompt_tokens,
         batch=train.batch_size,
         length=length,
+        answers=2 if pairs else 1,
+        least_batch=2 if train.objective == "kto" else 1,
         accumulation=train.accumulation,
-        trained=trained,
+        trained=1.0 if odds else trained,
         checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer,
-        attention=_attention(model.attention, on_gpu),
+        attention=_attention("sdpa" if pairs and model.attention != "eager" else model.attention, on_gpu),
         saved=tuple(train.modules_to_save),
         new_tokens=len(train.trainable_tokens),
         added_tokens=len(model.new_tokens),

@@ -33,6 +33,15 @@ def holdout_schema() -> "pa.Schema":
     )
 
 
+def pair_schema(*, held: bool) -> "pa.Schema":
+    """Schema of `pairs-*.arrow`, and (`held`) of `holdout_pairs-*.arrow`: one of the answers may be empty."""
+    import pyarrow as pa
+
+    text, tokens = pa.string(), pa.list_(pa.int32())
+    fields = [("row_id", text), *([("slices", pa.map_(text, text))] if held else [])]
+    return pa.schema([*fields, *((name, tokens) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))])
+
+
 def write_stream(path: Path, schema: "pa.Schema", batches: Iterable["pa.RecordBatch"]) -> None:
     """Write an Arrow IPC stream, as `datasets.Dataset.from_file` reads it."""
     import pyarrow as pa

@@ -5,6 +5,7 @@ A row's side never changes when rows are added. What others decide is only wheth
 """
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -60,7 +61,8 @@ def held_out(key: str, slices: Mapping[str, str], params: HoldoutParams) -> bool
 def row_entry(row: Mapping[str, Any], params: HoldoutParams) -> tuple[str, str, str, str, int]:
     """Return (key, answer digest, time, row id, fate as far as the row itself decides it).
 
-    `row` has `messages`, `slices` (a mapping), `at` and `row_id`, as `rows.parquet` has them.
+    `row` has `messages`, `slices` (a mapping), `at` and `row_id`, as `rows.parquet` has them; a preference also
+    `rejected` and `wanted`, which are part of its answer.
     """
     messages: Sequence[Message] = row["messages"]
     key = content_key(messages)
@@ -73,6 +75,8 @@ def row_entry(row: Mapping[str, Any], params: HoldoutParams) -> tuple[str, str, 
         fate = Fate.NOTHING_TO_TRAIN
     else:
         fate = Fate.HOLDOUT if held_out(key, row["slices"], params) else Fate.TRAIN
+    if "rejected" in row:
+        answer = json.dumps([answer, row["rejected"], row["wanted"]])
     digest = hashlib.sha256(answer.encode("utf-8", "surrogatepass")).hexdigest()
     at = (row["at"] or "~").encode("ascii", "replace").decode()  # "~" sorts after every date
     return key, digest[:32], at, row["row_id"], fate

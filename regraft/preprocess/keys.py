@@ -1,5 +1,6 @@
 """The first look at a shard: what each row is called by (its key), its answer, its time, and its side."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from regraft.preprocess.benchmarks import WORDS
 from regraft.preprocess.holdout import plain, prompt_text, row_entry
 from regraft.preprocess.mix import SLICE
 from regraft.preprocess.params import PreprocessParams
+from regraft.preprocess.preferences import COLUMNS as PREFERENCE_COLUMNS
+from regraft.preprocess.preferences import holds_preferences
 from regraft.preprocess.shards import Shard, read_batches
 
 if TYPE_CHECKING:
@@ -58,19 +61,25 @@ def read_keys(path: Path, shard: Shard, params: PreprocessParams, folder: Path) 
 
     entries: list[tuple[str, str, str, str, int]] = []
     names: set[str] = set()
-    for batch in read_batches(path, _COLUMNS, shard.first, shard.end):
+    preferences = holds_preferences(path)
+    named = (*_COLUMNS, *PREFERENCE_COLUMNS) if preferences else _COLUMNS
+    for batch in read_batches(path, named, shard.first, shard.end):
         columns = (batch[name].to_pylist() for name in _COLUMNS)
         some: list[Any] = batch["messages"].to_pylist()
+        own: list[dict[str, Any]] = batch.select(PREFERENCE_COLUMNS).to_pylist() if preferences else [{} for _ in some]
         if params.leaks.near is not None:
             near.append(sketch([prompt_text(messages) for messages in some]))
         if wanted["run"] is not None or wanted["whole"]:
-            texts = [plain("\n".join(words(each) for each in messages)) for messages in some]
+            texts = [
+                plain("\n".join((*(words(each) for each in messages), *_other(other))))
+                for messages, other in zip(some, own, strict=True)
+            ]
             if wanted["run"] is not None:
                 runs.append(grams(texts, wanted["run"]))
             if wanted["whole"]:
                 whole.append(sketch(texts)[0])
-        for row_id, messages, slices, at in zip(*columns, strict=True):
-            row = {"row_id": row_id, "messages": messages, "slices": dict(slices or ()), "at": at}
+        for row_id, messages, slices, at, other in zip(*columns, own, strict=True):
+            row = {"row_id": row_id, "messages": messages, "slices": dict(slices or ()), "at": at, **other}
             names.update(row["slices"])
             if wanted["origins"]:
                 origins.append(row["slices"].get(SLICE, "").encode())
@@ -95,6 +104,12 @@ def read_keys(path: Path, shard: Shard, params: PreprocessParams, folder: Path) 
         found["origins"] = np.array(origins, np.bytes_)
     np.savez(folder / NEAR, **found)  # type: ignore[arg-type]
     write_json(folder / NAMES, sorted(names))
+
+
+def _other(preference: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the answer of a pair that is not preferred, where there is one."""
+    rejected = preference.get("rejected")
+    return () if rejected is None else (str(rejected),)
 
 
 def looked_for(params: PreprocessParams) -> dict[str, Any]:

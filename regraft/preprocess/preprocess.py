@@ -26,8 +26,9 @@ from regraft.preprocess.keys import load_keys, load_near, looked_for
 from regraft.preprocess.leaks import decontaminate, keep_apart
 from regraft.preprocess.mix import weigh
 from regraft.preprocess.params import PreprocessParams
+from regraft.preprocess.preferences import HOLDOUT_PAIRS, PAIRS
 from regraft.preprocess.replay import thin
-from regraft.preprocess.report import Counts, PreprocessReport
+from regraft.preprocess.report import Counts, PreferenceCounts, PreprocessReport
 from regraft.preprocess.shard import HOLDOUT, PART, TRAIN, TRAIN_ROWS, Part
 from regraft.preprocess.shards import Cache, Shard, code_digest, cut, put
 from regraft.preprocess.twins import drop_twins
@@ -52,7 +53,9 @@ def preprocess(
         base: output of the stage `model`; only its tokenizer is read.
         rows: output of the stage `validate`; only `rows.parquet` is read.
         out: written whole or not at all: `train-*.arrow` (`input_ids`, `labels`, `position_ids`, a row for each block),
-            `holdout-*.arrow`, `train_rows-*.parquet`, `report.json`, `manifest.json`; a file of each for each shard.
+            `holdout-*.arrow`, `train_rows-*.parquet`, `report.json`, `manifest.json`; a file of each for each shard. Of
+            preferences also `pairs-*.arrow` (`prompt_ids`, `chosen_ids`, `rejected_ids`) and `holdout_pairs-*.arrow`;
+            the other files hold the answers that are wanted.
         cache: a folder where what shards became is kept, on the file system of `out`; with and without, the output has
             the same bytes. None keeps nothing.
         root: the folder that the paths of `leaks.benchmarks` are relative to; the present one where it is not given.
@@ -95,6 +98,7 @@ def preprocess(
         parts = [Part.model_validate(read_json(entry / PART)) for entry in entries]
         counts = table.counts(parts)
         _check_dropped(counts, params)
+        _check_wanted(parts)
         known: dict[str, str] = {}
         with commit_dir(out, known) as folder:
             digests = _put_all(entries, parts, folder, known)
@@ -107,6 +111,7 @@ def preprocess(
                 counts=counts,
                 supervision=supervision(sums, _dropped_share(counts)),
                 benchmarks=table.benchmarks,
+                preferences=_preferences(parts, counts),
                 holdout_slices=_added([part.holdout_slices for part in parts]),
                 train_slices=_added([part.train_slices for part in parts]),
                 max_length=params.max_length,
@@ -120,8 +125,8 @@ def preprocess(
                 tokenizer_digest=opened.report.tokenizer_digest,
                 base=opened.name,
                 rows_digest=digest_file(path),
-                train_digest=_joined(digests[TRAIN]),
-                holdout_digest=_joined(digests[HOLDOUT]),
+                train_digest=_joined(digests[TRAIN] + digests[PAIRS]),
+                holdout_digest=_joined(digests[HOLDOUT] + digests[HOLDOUT_PAIRS]),
             )
             report.save(folder / "report.json")
         store.keep({entry.name for entry in entries} | set(table.entries), spare=2 * len(shards) + 16)
@@ -156,8 +161,8 @@ class _Table:
         too_long, nothing = sum(len(part.too_long) for part in parts), sum(part.nothing_to_train for part in parts)
         return Counts(
             rows_in=len(self.fates),
-            train=sum(part.train for part in parts),
-            holdout=sum(part.holdout for part in parts),
+            train=sum(part.train if part.other_sums is None else part.pairs for part in parts),
+            holdout=sum(part.holdout if part.other_sums is None else part.held_pairs for part in parts),
             deduplicated=of[Fate.DEDUPLICATED],
             leaked=of[Fate.LEAKED],
             near_holdout=of[Fate.NEAR],
@@ -228,10 +233,11 @@ def _put_all(
     entries: Sequence[Path], parts: Sequence[Part], folder: Path, known: dict[str, str]
 ) -> dict[str, list[str]]:
     """Give the shards' files their names in the output; return the digests of each kind, and of each file in `known`."""
-    digests: dict[str, list[str]] = {TRAIN: [], HOLDOUT: [], TRAIN_ROWS: []}
+    digests: dict[str, list[str]] = {TRAIN: [], HOLDOUT: [], TRAIN_ROWS: [], PAIRS: [], HOLDOUT_PAIRS: []}
     for entry, part in zip(entries, parts, strict=True):
         listed = read_json(entry / MANIFEST)["files"]
-        for name, rows in ((TRAIN, part.train), (HOLDOUT, part.holdout), (TRAIN_ROWS, part.train)):
+        counted = {TRAIN: part.train, HOLDOUT: part.holdout, TRAIN_ROWS: part.train or part.pairs}
+        for name, rows in {**counted, PAIRS: part.pairs, HOLDOUT_PAIRS: part.held_pairs}.items():
             if rows:
                 stem, suffix = name.split(".")
                 named = f"{stem}-{len(digests[name]):05}.{suffix}"
@@ -280,6 +286,28 @@ def _check_dropped(counts: Counts, params: PreprocessParams) -> None:
             f"none of {counts.rows_in} rows is in the holdout, so nothing could be proved",
             fix="add rows, or raise preprocess.holdout.share",
         )
+
+
+def _check_wanted(parts: Sequence[Part]) -> None:
+    """Refuse preferences without a wanted answer on one side: blocks and evaluation would be of nothing."""
+    for side, rows in (("training", sum(p.train for p in parts)), ("held-out", sum(p.holdout for p in parts))):
+        if not rows:
+            raise DataError(f"no {side} row has an answer that is wanted", fix="add rows whose `label` is true")
+
+
+def _preferences(parts: Sequence[Part], counts: Counts) -> PreferenceCounts | None:
+    sums = [part.other_sums for part in parts if part.other_sums is not None]
+    if not sums:
+        return None
+    unwanted = sum(part.pairs - part.train for part in parts)
+    pairs = sum(part.both for part in parts)
+    return PreferenceCounts(
+        train_pairs=pairs,
+        train_wanted=counts.train - unwanted - pairs,
+        train_unwanted=unwanted,
+        holdout_rows=counts.holdout,
+        supervision=supervision(sums, _dropped_share(counts)),
+    )
 
 
 def _added(counted: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:

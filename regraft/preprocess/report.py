@@ -100,6 +100,23 @@ class Supervision(BaseModel):
     """Share of all rows that were too long or had nothing to train on."""
 
 
+class PreferenceCounts(BaseModel):
+    """Preferences that were prepared, and the audit of the answers that are not wanted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train_pairs: int
+    """Training rows with two answers."""
+    train_wanted: int
+    """Training rows with one answer, which is wanted."""
+    train_unwanted: int
+    """Training rows with one answer, which is not."""
+    holdout_rows: int
+    """Held-out rows of all three kinds."""
+    supervision: Supervision
+    """Of the answers that are not wanted, in training rows; `rows` counts also those whose other answer did not fit."""
+
+
 class PreprocessReport(Report):
     """Result of the stage `preprocess`."""
 
@@ -107,6 +124,8 @@ class PreprocessReport(Report):
     supervision: Supervision
     benchmarks: dict[str, int] = Field(default_factory=dict)
     """Training rows that share a run of words with each listed benchmark; left out where none is listed."""
+    preferences: PreferenceCounts | None = None
+    """Null, and left out, where rows are conversations."""
     holdout_slices: dict[str, dict[str, int]]
     """Holdout rows by slice and value."""
     train_slices: dict[str, dict[str, int]]
@@ -134,10 +153,10 @@ class PreprocessReport(Report):
     rows_digest: str
     """sha256 of the rows that came in (`rows.parquet`)."""
     train_digest: str
-    """sha256 of `train-00000.arrow`."""
+    """sha256 of `train-00000.arrow` (of the canonical JSON list of them, and of `pairs-*.arrow`, where there are several)."""
     holdout_digest: str
-    """sha256 of `holdout-00000.arrow`."""
+    """sha256 of `holdout-00000.arrow`, likewise with `holdout_pairs-*.arrow`."""
 
     @model_serializer(mode="wrap")
     def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(handler(self), self, ("benchmarks",))
+        return without_defaults(handler(self), self, ("benchmarks", "preferences"))

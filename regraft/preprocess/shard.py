@@ -18,6 +18,8 @@ from regraft.preprocess.files import block_schema, holdout_schema, write_holdout
 from regraft.preprocess.holdout import Fate
 from regraft.preprocess.pack import Documents, pack_blocks, plan_blocks
 from regraft.preprocess.params import PreprocessParams
+from regraft.preprocess.preferences import COLUMNS as PREFERENCE_COLUMNS
+from regraft.preprocess.preferences import HOLDOUT_PAIRS, PAIRS, Preferences, holds_preferences, other_answers
 from regraft.preprocess.shards import Shard, read_batches
 
 if TYPE_CHECKING:
@@ -51,6 +53,13 @@ class Part(BaseModel):
     """Tokens of all blocks."""
     repeated: int
     """Copies of rows beyond the first."""
+    pairs: int = 0
+    """Rows of preferences on the training side; those with a wanted answer are in `train`, too."""
+    both: int = 0
+    """Those of `pairs` that have two answers."""
+    held_pairs: int = 0
+    other_sums: dict[str, int] | None = None
+    """What `Audit` added up of the answers that are not wanted; None without preferences."""
 
 
 class Preparer:
@@ -113,32 +122,44 @@ class Preparer:
     ) -> None:
         import numpy as np
 
-        audit = Audit(self._chat, self._tokenizer)
+        preferences = holds_preferences(path)
+        audit, other_audit = (Audit(self._chat, self._tokenizer) for _ in range(2))
+        pairs = {Fate.TRAIN: Preferences(), Fate.HOLDOUT: Preferences()}
+        named = (*_COLUMNS, *PREFERENCE_COLUMNS) if preferences else _COLUMNS
         train, names, slices = Tokens(), _Names(), {Fate.TRAIN: _Slices(), Fate.HOLDOUT: _Slices()}
         held: list[pa.RecordBatch] = []
         too_long: list[tuple[str, int, int]] = []
         nothing = first = 0
-        for batch in read_batches(path, _COLUMNS, shard.first, shard.end):
-            columns = {name: batch[name].to_pylist() for name in _COLUMNS}
+        for batch in read_batches(path, named, shard.first, shard.end):
+            columns = {name: batch[name].to_pylist() for name in named}
             for side in (Fate.TRAIN, Fate.HOLDOUT):
                 inside = np.flatnonzero(fates[first : first + batch.num_rows] == int(side)).tolist()
+                others = Tokens()
+                if preferences:
+                    talks = other_answers(columns, inside, first)
+                    self._encoders[Fate.HOLDOUT].encode(talks, others, other_audit if side == Fate.TRAIN else None)
+                    lost = {*talks.places} - {*others.places}
+                    inside = [i for i in inside if columns["wanted"][i] is not False and first + i not in lost]
                 talks = Talks(
                     places=[first + i for i in inside],
                     messages=[columns["messages"][i] for i in inside],
                     names=[f"{columns['source'][i]} line {columns['line'][i]}" for i in inside],
                 )
                 into = train if side == Fate.TRAIN else Tokens()
-                before = len(into.places)
+                before, since = len(into.places), len(into.ids)
                 self._encoders[side].encode(talks, into, audit if side == Fate.TRAIN else None)
                 for place in into.places[before:]:
                     _count(slices[side], columns["slices"][place - first])
                 if side == Fate.HOLDOUT and into.places:
                     held.append(_held(into, columns, first, self._written))
+                if preferences:
+                    for place in pairs[side].add(columns, first, into, since, others):
+                        _count(slices[side], columns["slices"][place - first])
                 too_long += [
                     (columns["source"][place - first], columns["line"][place - first], tokens)
-                    for place, tokens in into.too_long
+                    for place, tokens in (*others.too_long, *into.too_long)
                 ]
-                nothing += len(into.nothing)
+                nothing += len(others.nothing) + len(into.nothing)
                 into.too_long, into.nothing = [], []
             names.add(columns)
             first += batch.num_rows
@@ -148,8 +169,11 @@ class Preparer:
                 f"{source} line {line} has {tokens} tokens, more than preprocess.max_length {self._params.max_length}",
                 fix="raise preprocess.max_length, shorten the row, or set preprocess.too_long to `drop`",
             )
-        packed, repeated = self._write_train(train, names, keys, folder, copies)
+        packed, repeated = self._write_train(train, names, keys, folder, copies, pairs[Fate.TRAIN])
         write_holdout(folder / HOLDOUT, held)
+        if preferences:
+            pairs[Fate.TRAIN].write_train(folder / PAIRS, keys, copies)
+            pairs[Fate.HOLDOUT].write_holdout(folder / HOLDOUT_PAIRS)
         part = Part(
             too_long=sorted(too_long),
             nothing_to_train=nothing,
@@ -162,6 +186,10 @@ class Preparer:
             longest_block=max(packed, default=0),
             packed=sum(packed),
             repeated=repeated,
+            pairs=len(pairs[Fate.TRAIN].rows),
+            both=sum(row.chosen is not None and row.rejected is not None for row in pairs[Fate.TRAIN].rows),
+            held_pairs=len(pairs[Fate.HOLDOUT].rows),
+            other_sums=other_audit.sums if preferences else None,
         )
         write_json(folder / PART, part.model_dump())
 
@@ -172,9 +200,18 @@ class Preparer:
         return text
 
     def _write_train(
-        self, train: Tokens, names: "_Names", keys: "np.ndarray", folder: Path, copies: "np.ndarray | None"
+        self,
+        train: Tokens,
+        names: "_Names",
+        keys: "np.ndarray",
+        folder: Path,
+        copies: "np.ndarray | None",
+        pairs: Preferences,
     ) -> tuple[list[int], int]:
-        """Write the training side in the order of the keys; return the tokens of each block, and copies beyond the first."""
+        """Write the training side in the order of the keys; return the tokens of each block, and copies beyond the first.
+
+        Rows that have an unwanted answer only are in no block, but in the list of rows.
+        """
         import numpy as np
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -203,8 +240,22 @@ class Preparer:
             "source": pa.array([names.sources[place] for place in where], pa.string()),
             "line": pa.array([names.lines[place] for place in where], pa.int64()),
         }
-        pq.write_table(pa.table(columns), folder / TRAIN_ROWS)
-        return [int(lengths[members].sum()) for members in plan], len(each) - len(order)
+        table = pa.table(columns)
+        repeated = len(each) - len(order)
+        if alone := [row for row in pairs.rows if row.chosen is None]:
+            more = {
+                "row_id": [row.row_id for row in alone],
+                "key": [keys[row.place].tobytes().hex() for row in alone],
+                "tokens": [row.tokens for row in alone],
+                "trained_tokens": [row.trained for row in alone],
+                "source": [names.sources[row.place] for row in alone],
+                "line": [names.lines[row.place] for row in alone],
+            }
+            table = pa.concat_tables([table, pa.Table.from_pydict(more, table.schema)])
+            table = table.sort_by([("key", "ascending"), ("row_id", "ascending")]).combine_chunks()
+            repeated += 0 if copies is None else sum(int(copies[row.place]) - 1 for row in alone)
+        pq.write_table(table, folder / TRAIN_ROWS)
+        return [int(lengths[members].sum()) for members in plan], repeated
 
 
 class _Names:

@@ -1,7 +1,7 @@
 """The first rows of each file as the stages understand them: layout, verdict, and the text with what is learned in it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,7 @@ class Shown:
 def show_rows(
     data: DataParams, params: ValidateParams, *, root: Path, count: int, chat: Chat | None, supervise: Learned
 ) -> list[Shown]:
-    """Return the first `count` rows of each file.
+    """Return the first `count` rows of each file; of a pair each answer by itself, its own tokens learned.
 
     Args:
         data: where rows are and how they are read.
@@ -77,7 +77,15 @@ def show_rows(
                 layout = told[0]
             place = f"{file.name}:{raw.line}"
             named = f"{layout} (source {mapping.source})" if mapping.source is not None else layout
-            found.append(_shown(place, named, reasons, row, chat, supervise))
+            if row is None or not row.is_preference:
+                found.append(_shown(place, named, reasons, row, chat, supervise))
+                continue
+            kind = "preferred" if row.rejected is not None else "wanted" if row.wanted else "not wanted"
+            found.append(_shown(place, f"{named}, {kind}", reasons, row, chat, "last"))
+            if row.rejected is not None:
+                answer = {"role": "assistant", "content": row.rejected}
+                other = replace(row, messages=[*row.messages[:-1], answer], rejected=None)
+                found.append(_shown(place, f"{named}, rejected", reasons, other, chat, "last"))
     return found
 
 

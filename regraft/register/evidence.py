@@ -80,6 +80,8 @@ class Evidence:
         found.update(_numbers("preprocess", self.reports["preprocess"].get("counts", {})))
         for name, score in self.reports["evaluate"].get("scores", {}).items():
             found.update(_numbers(f"evaluate/{name}", score.get("overall", {})))
+        for name, score in self.reports["evaluate"].get("preferences", {}).items():
+            found.update(_numbers(f"evaluate/{name}/preferences", score.get("overall", {})))
         return found
 
 

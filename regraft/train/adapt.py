@@ -31,6 +31,7 @@ from regraft.model.load import (
 )
 from regraft.model.params import ModelParams
 from regraft.train.data import Blocks, batches, moved
+from regraft.train.pairs import parent_needed
 from regraft.train.params import TrainParams
 from regraft.train.start import Start, follow_inputs, remove_start, repair_quantization, take_start
 from regraft.train.targets import bare_weights, check_adapted, expected_modules, peft_targets, unquantized_layers
@@ -100,7 +101,9 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
     bits = model.quantization.bits
     _check(params, bits, base)
     # A prompt makes documents longer than their positions say, which only a mask can follow.
-    attention = model.attention if params.method != "prompt" or model.attention == "eager" else "sdpa"
+    # Preferences are padded, not packed.
+    packed = params.method != "prompt" and params.objective == "supervised"
+    attention = model.attention if packed or model.attention == "eager" else "sdpa"
     sharded = {"sharded": True} if params.sharding == "full" else {}
     loaded = load_model(base, model.quantization, training=True, attention=attention, **sharded)
     refuse_spread(loaded)
@@ -118,7 +121,7 @@ def make_trainee(params: TrainParams, model: ModelParams, base: Base, blocks: Bl
     for parameter in trainable:
         parameter.data = parameter.data.to(torch.float32)
     start = _begin(params, peft_model, base, blocks, resumed)
-    if params.parent is not None and resumed is None:
+    if parent_needed(params, resumed):
         _go_on_from(params, parameters, {name: linear_modules(loaded)[name] for name in expected})
     if params.kernels == "fused":
         from regraft.train.kernels import use_fused_kernels

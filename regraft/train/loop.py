@@ -38,7 +38,7 @@ class Progress:
     """What was measured at each step so far."""
 
     losses: list[float] = field(default_factory=list)
-    """Mean negative log-likelihood of each step's trained tokens."""
+    """Mean negative log-likelihood of each step's trained tokens; with preferences the mean loss of its examples."""
     trained: list[int] = field(default_factory=list)
     """Trained tokens of each step."""
     seen: int = 0
@@ -49,6 +49,12 @@ class Progress:
     held_out: list[tuple[int, float]] = field(default_factory=list)
     """Step and held-out loss of each measurement."""
     stopped_early: bool = False
+    examples: list[int] = field(default_factory=list)
+    """Pairs or single answers of each step; empty where tokens count."""
+    margins: list[float] = field(default_factory=list)
+    """Reward of the preferred answers minus that of the others, of each step's examples; only with preferences."""
+    accuracies: list[float] = field(default_factory=list)
+    """Share of each step's pairs whose preferred answer has the higher reward; only where there are pairs."""
 
     @property
     def best_step(self) -> int | None:
@@ -56,10 +62,17 @@ class Progress:
         return min(self.held_out, key=lambda each: each[1])[0] if self.held_out else None
 
     def mean(self, first: int, last: int) -> float:
-        """Mean loss for each trained token over a range of steps (from `first`, before `last`, counted from 0)."""
-        tokens = self.trained[first:last]
-        total = math.fsum(loss * count for loss, count in zip(self.losses[first:last], tokens, strict=True))
-        return total / max(1, sum(tokens))
+        """Mean loss for each trained token over a range of steps (from `first`, before `last`, counted from 0).
+
+        With preferences, for each example.
+        """
+        return self.mean_of(self.losses, first, last)
+
+    def mean_of(self, values: list[float], first: int, last: int) -> float:
+        """Mean of what was measured at each step, over a range of steps, by what the steps' losses are means of."""
+        counts = (self.examples or self.trained)[first:last]
+        total = math.fsum(value * count for value, count in zip(values[first:last], counts, strict=True))
+        return total / max(1, sum(counts))
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Progress":
@@ -150,6 +163,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 tokens += int((batch["labels"][:, 1:] != IGNORE).sum())
         self.model.train()
         return total / max(1, tokens)
+
+    def release(self) -> None:
+        """Leave the model as it is to be saved."""
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: walking all parameters at each batch costs a tiny model a tenth of its time."""
@@ -315,6 +331,10 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             "grad_norm": trainer.grad_norm,
             "learning_rate": trainer.learning_rate,
         }
+        if self.progress.margins:
+            line["reward_margin"] = self.progress.mean_of(self.progress.margins, self._logged_before(step), step)
+        if self.progress.accuracies:
+            line["reward_accuracy"] = self.progress.mean_of(self.progress.accuracies, self._logged_before(step), step)
         if measured:
             line["held_out_loss"] = self.progress.held_out[-1][1]
         with self.checkpoints.metrics.open("ab") as file:

@@ -1,11 +1,12 @@
 """Parameters of training."""
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from regraft.late import LateFields
+from regraft.params import Section
 
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -13,14 +14,63 @@ PRESETS = ("all-linear", "attention", "q+v", "mlp")
 """Names of groups of layers that `target_modules` may give; `regraft.train.targets` finds their layers in a model."""
 
 
+Objective = Literal["supervised", "dpo", "orpo", "kto"]
+PairLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+]
+UnpairedLoss = Literal["kto", "apo_zero_unpaired"]
+
+
+class PreferenceParams(Section):
+    """How strongly preferences pull, for the objectives `dpo`, `orpo` and `kto`; the losses are TRL's."""
+
+    beta: float = Field(default=0.1, gt=0, le=100)
+    """dpo and kto: how dear each nat is by which the adapter goes away from the reference (for `ipo` its tau); orpo: the
+    weight of the odds ratio beside the likelihood (the paper's lambda). Above 0, up to 100."""
+
+    loss: PairLoss | UnpairedLoss | None = None
+    """Which loss of its family: for dpo `sigmoid` (the paper's), `ipo`, `hinge` and others that TRL has; for kto `kto`
+    or `apo_zero_unpaired`. Null is the paper's. orpo has one only."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the preferences that may be the wrong way round; 0 to below 0.5. Only for dpo's `robust`, `exo_pair`,
+    `aot` and `aot_unpaired`; `exo_pair` needs one above 0."""
+
+    desirable_weight: float = Field(default=1.0, gt=0, le=100)
+    """kto: weight of the answers that are wanted; above 0, up to 100. With many fewer of them, more than 1."""
+
+    undesirable_weight: float = Field(default=1.0, gt=0, le=100)
+    """kto: weight of the answers that are not wanted; above 0, up to 100."""
+
+
 class TrainParams(LateFields):
     """How an adapter is trained; LoRA after arXiv:2106.09685, on a quantised base after arXiv:2305.14314."""
 
-    LATE: ClassVar[frozenset[str]] = frozenset({"logits_chunk", "sharding"})
+    LATE: ClassVar[frozenset[str]] = frozenset({"logits_chunk", "objective", "preference", "sharding"})
 
     method: Literal["lora", "full", "prompt"] = "lora"
     """What is trained. `lora`: an adapter, the only one that can be registered. `full`: every weight of the base, and
     `prompt`: some vectors before each conversation (arXiv:2104.08691); both are yardsticks to compare an adapter with."""
+
+    objective: Objective = "supervised"
+    """What is learned. `supervised`: the answers of conversations. From preferences (`data.layout: preference`): `dpo`
+    (arXiv:2305.18290) and `orpo` (arXiv:2403.07691) from pairs, `kto` (arXiv:2402.01306) from pairs and from single
+    answers with a label. They need the extra `preference` (TRL)."""
+
+    preference: PreferenceParams = Field(default_factory=PreferenceParams)
+    """Only for `objective` dpo, orpo and kto."""
 
     seed: int = Field(default=7, ge=0, lt=2**31)
     """Seeds A's initial values, dropout and the order of the data; 0 to 2^31 - 1."""
@@ -95,7 +145,8 @@ class TrainParams(LateFields):
     """Optimizer steps, at least 1, whatever the size of the training set. Give this or `epochs`."""
 
     batch_size: int = Field(default=8, ge=1, le=4096)
-    """Packed blocks that go through the model at once; 1 to 4096. Memory grows in proportion."""
+    """Packed blocks that go through the model at once; 1 to 4096. Memory grows in proportion. With preferences: rows,
+    each with both of its answers, so twice as many sequences."""
 
     accumulation: int = Field(default=1, ge=1, le=4096)
     """Batches whose gradients are summed for one step; 1 to 4096. Like a larger batch, without its memory."""
@@ -195,7 +246,7 @@ class TrainParams(LateFields):
         problems += _sharded(self)
         if self.method == "prompt" and self.logits_chunk is not None:
             problems.append("`logits_chunk: null` for `method: prompt`")
-        problems += _patterns(self)
+        problems += _of_objective(self) + _patterns(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -238,6 +289,39 @@ _LORA_ONLY = (
 
 def _default(name: str) -> object:
     return TrainParams.model_fields[name].get_default(call_default_factory=True)
+
+
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+
+
+def _of_objective(params: TrainParams) -> list[str]:
+    """Say what does not go with the objective."""
+    own, objective = params.preference, params.objective
+    if objective == "supervised":
+        return ["an `objective` of dpo, orpo or kto for `preference`"] if own != PreferenceParams() else []
+    problems = []
+    if params.method != "lora":
+        problems.append(f"`method: lora` for `objective: {objective}`: the reference is the base without the adapter")
+    if params.dropout:
+        problems.append(f"`dropout: 0` for `objective: {objective}`: rewards would be differences of noise")
+    if params.compile:
+        problems.append(f"`compile: false` for `objective: {objective}`: its forward passes are not whole blocks'")
+    if params.sharding != "none":
+        problems.append(f"`sharding: none` for `objective: {objective}`: its reference is the same base")
+    if params.logits_chunk is not None:
+        problems.append(f"`logits_chunk: null` for `objective: {objective}`: TRL has chunks of its own")
+    known = {"dpo": get_args(PairLoss), "kto": get_args(UnpairedLoss), "orpo": ()}[objective]
+    if own.loss is not None and own.loss not in known:
+        problems.append(f"`preference.loss` of {', '.join(known) or 'null'} for `objective: {objective}`")
+    if own.label_smoothing and (objective != "dpo" or own.loss not in _SMOOTHED):
+        problems.append(f"`preference.loss` of {', '.join(_SMOOTHED)} for `preference.label_smoothing`")
+    if own.loss == "exo_pair" and not own.label_smoothing:
+        problems.append("a `preference.label_smoothing` above 0 for `exo_pair`, such as 0.001")
+    if objective != "kto" and (own.desirable_weight, own.undesirable_weight) != (1, 1):
+        problems.append("`objective: kto` for `preference.desirable_weight` and `preference.undesirable_weight`")
+    if objective == "kto" and params.batch_size < 2:
+        problems.append("a `batch_size` of at least 2 for `objective: kto`: answers of other rows estimate its KL")
+    return problems
 
 
 def _patterns(params: TrainParams) -> list[str]:

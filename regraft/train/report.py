@@ -1,8 +1,12 @@
 """What training measured; the training gate decides from it."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from regraft.report import Report
+from regraft.sparse import without_defaults
 
 
 class AdaptedModule(BaseModel):
@@ -16,6 +20,27 @@ class AdaptedModule(BaseModel):
     """Frobenius norm of A (rank x in); its initial value is random and not zero. -1 where it is not finite."""
     b_norm: float
     """Frobenius norm of B (out x rank), zero before training. -1 where it is not finite."""
+
+
+class PreferenceResult(BaseModel):
+    """What a training on preferences did to the rewards of its own rows; see `regraft.train.preference`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    objective: str
+    """`dpo`, `orpo` or `kto`."""
+    beta: float
+    loss: str
+    """The loss of that family."""
+    reference: str | None
+    """What rewards are measured against: `base`, `start` (of pissa and olora: the base), the parent's digest; null for
+    orpo, whose reward is the mean log likelihood of an answer's token."""
+    margin_first: float
+    """Mean reward of the preferred answers minus that of the others over the first tenth of the steps; times beta."""
+    margin_last: float
+    """The same over the last tenth."""
+    accuracy_first: float | None
+    """Share of the pairs whose preferred answer has the higher reward; null for kto, whose answers come singly."""
+    accuracy_last: float | None
 
 
 class TrainReport(Report):
@@ -41,15 +66,17 @@ class TrainReport(Report):
     """Optimizer steps that epochs or `max_steps` ask for; those done where early stopping ended the run."""
     steps: int
     """Optimizer steps done; less than planned would mean a broken run."""
+    preference: PreferenceResult | None = None
+    """For the objectives dpo, orpo and kto; else left out."""
     blocks: int
-    """Packed blocks of the training set."""
+    """Packed blocks of the training set; with preferences its rows."""
     tokens_seen: int
     """Tokens that went through the model, padding not counted, over all steps."""
     tokens_trained: int
     """Tokens that carried a loss, over all steps."""
 
     loss_first: float
-    """Mean of the loss for each trained token over the first tenth of the steps (at least one)."""
+    """Mean of the loss for each trained token (with preferences: for each pair or answer) over the first tenth of the steps (at least one)."""
     loss_last: float
     """The same over the last tenth."""
     loss_decreased: bool
@@ -86,3 +113,7 @@ class TrainReport(Report):
     trainable_parameters: int
     total_parameters: int
     """Parameters of the base, as stored."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(handler(self), self, ("preference",))

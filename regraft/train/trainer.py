@@ -24,8 +24,9 @@ from regraft.train.adapt import Trainee, make_trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import Blocks, collate, open_blocks, split
 from regraft.train.machine import explained, measured, reproducible
+from regraft.train.pairs import check_installed, open_pairs, reference_of
 from regraft.train.params import TrainParams
-from regraft.train.report import AdaptedModule, TrainReport
+from regraft.train.report import AdaptedModule, PreferenceResult, TrainReport
 from regraft.train.shard import fsdp_arguments, gathered
 from regraft.train.speed import Speed, flops_per_token
 from regraft.train.stop import StopRequest
@@ -62,6 +63,7 @@ def train(
 
     Raises:
         ParamsError: `target_modules` names no layer.
+        DataError: the data has no preferences, or not those that the objective needs.
         PinMismatch, DamagedArtifact, MissingInput: the inputs are not what they should be.
         ResumeRefused: the checkpoint folder belongs to other inputs.
         TrainingDiverged: a loss or gradient was not finite; earlier checkpoints stay.
@@ -72,15 +74,18 @@ def train(
     started = time.monotonic()
     stop = StopRequest()
     with stop.listening(), explained(params, model), reproducible(params):
+        if params.objective != "supervised":
+            check_installed(params.objective)
         opened = open_base(base)
-        blocks = open_blocks(dataset)
+        conversations = open_blocks(dataset)
+        blocks = conversations if params.objective == "supervised" else open_pairs(dataset, params.objective)
         crew.join()
         store = Checkpoints(checkpoints, _inputs(params, model, opened, blocks))
         with store.opened() if crew.is_first() else nullcontext():
             resumed = crew.told_by_first(store.newest() if crew.is_first() else None)
             if crew.is_first():
                 store.rewind_metrics(resumed)
-            trainee = make_trainee(params, model, opened, blocks, resumed)
+            trainee = make_trainee(params, model, opened, conversations, resumed)
             count = sum(parameter.numel() for parameter in trainee.parameters.values())
             speed = Speed(flops_per_token(trainee.model, count, full=params.method == "full"))
             begun = time.monotonic()
@@ -157,20 +162,25 @@ def _train(
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         recorder = Recorder(params, store, stop, progress, speed)
         with tempfile.TemporaryDirectory(prefix="regraft-trainer-") as scratch:
-            trainer = AdapterTrainer(
-                trainee,
-                _arguments(params, model, Path(scratch)),
-                partial(collate, pad_id=pad_id),
-                rows,
-                params=params,
-                callbacks=[recorder],
-                progress=progress,
-                held_out=held_out,
-            )
+            settings = _settings(params, model, Path(scratch))
+            own: dict[str, Any] = {
+                "params": params,
+                "progress": progress,
+                "callbacks": [recorder],
+                "held_out": held_out,
+            }
+            if params.objective == "supervised":
+                collator = partial(collate, pad_id=pad_id)
+                trainer = AdapterTrainer(trainee, _arguments(settings), collator, rows, **own)
+            else:
+                from regraft.train.preference import make_trainer
+
+                trainer = make_trainer(trainee, settings, rows, tokenizer, **own)
             recorder.trainer = trainer
             if stop.requested:
                 raise Preempted(f"stopped by {stop.requested} before the first step", fix="run the same command again")
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            trainer.release()
         if trainer.state.global_step != steps and not progress.stopped_early:
             raise RegraftError(f"training ended after {trainer.state.global_step} of {steps} steps")
         if trainer.best is not None:
@@ -190,44 +200,50 @@ def _check_blocks(params: TrainParams, rows: Any) -> None:
         )
 
 
-def _arguments(params: TrainParams, model: ModelParams, scratch: Path) -> Any:
+def _settings(params: TrainParams, model: ModelParams, scratch: Path) -> dict[str, Any]:
+    """Return what `TrainingArguments` is to be given."""
     import torch
-    from transformers import TrainingArguments
 
     dtype, on_gpu = compute_dtype(model.quantization), device().type == "cuda"
     checkpointing = params.gradient_checkpointing and params.sharding == "none"
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
-        seed=params.seed,
-        data_seed=params.seed,
-        learning_rate=params.learning_rate,
-        lr_scheduler_type=params.scheduler,
-        warmup_steps=params.warmup,
-        num_train_epochs=params.epochs if params.epochs is not None else 1,
-        max_steps=params.max_steps if params.max_steps is not None else -1,
-        per_device_train_batch_size=params.batch_size,
-        gradient_accumulation_steps=params.accumulation,
-        weight_decay=params.weight_decay,
+    return {
+        "output_dir": str(scratch),
+        "seed": params.seed,
+        "data_seed": params.seed,
+        "learning_rate": params.learning_rate,
+        "lr_scheduler_type": params.scheduler,
+        "warmup_steps": params.warmup,
+        "num_train_epochs": params.epochs if params.epochs is not None else 1,
+        "max_steps": params.max_steps if params.max_steps is not None else -1,
+        "per_device_train_batch_size": params.batch_size,
+        "gradient_accumulation_steps": params.accumulation,
+        "weight_decay": params.weight_decay,
         **(fsdp_arguments(params) if params.sharding == "full" else {}),
-        ddp_backend=None if on_gpu or crew.size() == 1 else "gloo",
-        ddp_find_unused_parameters=False,
-        adam_beta2=params.beta2,
-        max_grad_norm=params.max_grad_norm,
-        optim=params.optimizer,
-        activation_checkpointing=checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_nan_inf_filter=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
-    )
+        "ddp_backend": None if on_gpu or crew.size() == 1 else "gloo",
+        "ddp_find_unused_parameters": False,
+        "adam_beta2": params.beta2,
+        "max_grad_norm": params.max_grad_norm,
+        "optim": params.optimizer,
+        "activation_checkpointing": checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+
+
+def _arguments(settings: dict[str, Any]) -> Any:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(**settings)
     # One process computes on one GPU: where the Trainer sees several, DataParallel would copy the quantised base.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -243,12 +259,13 @@ def _inputs(params: TrainParams, model: ModelParams, base: Base, blocks: Blocks)
         for part in ("model", "train")
         for path in sorted((package / part).glob("*.py"))
     }
+    libraries = (*_LIBRARIES, *(("trl",) if params.objective != "supervised" else ()))
     return {
         **_sections(params, model),
         "base": base.report.digest,
         "tokenizer": base.report.tokenizer_digest,
         "data": blocks.digest,
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
         "code": code,
         "device": device().type,
         "threads": torch.get_num_threads(),
@@ -302,6 +319,7 @@ def _report(
         parent=params.parent_digest,
         planned_steps=steps if progress.stopped_early else planned_steps(params, len(rows)),
         steps=steps,
+        preference=_preference(params, progress, trainee),
         blocks=len(rows),
         tokens_seen=progress.seen,
         tokens_trained=sum(progress.trained),
@@ -324,6 +342,26 @@ def _report(
         zero_b=[module.name for module in modules if module.b_norm == 0],
         trainable_parameters=sum(parameter.numel() for parameter in parameters.values()),
         total_parameters=base.report.parameters,
+    )
+
+
+def _preference(params: TrainParams, progress: "Progress", trainee: Trainee) -> PreferenceResult | None:
+    if params.objective == "supervised":
+        return None
+    steps = len(progress.losses)
+    tenth = max(1, steps // 10)
+    ends = ((0, tenth), (steps - tenth, steps))
+    margins = [progress.mean_of(progress.margins, *each) for each in ends]
+    accuracies = [progress.mean_of(progress.accuracies, *each) if progress.accuracies else None for each in ends]
+    return PreferenceResult(
+        objective=params.objective,
+        beta=params.preference.beta,
+        loss=params.preference.loss or {"dpo": "sigmoid", "kto": "kto"}.get(params.objective, "odds_ratio"),
+        reference=reference_of(params, started=bool(trainee.start.tensors)),
+        margin_first=margins[0],
+        margin_last=margins[1],
+        accuracy_first=accuracies[0],
+        accuracy_last=accuracies[1],
     )
 
 

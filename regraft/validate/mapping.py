@@ -15,6 +15,7 @@ from regraft.validate import tools
 from regraft.validate.layouts import KNOWN, columns_of_layout, conversation, detect
 from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
+from regraft.validate.preferences import FORMS, Preferred, has_form, preferred
 from regraft.validate.source import DataFile, columns_of
 from regraft.validate.template import as_text, columns, fill, parse
 
@@ -42,6 +43,10 @@ class Row:
     """The label that is not allowed, where the row has such a one."""
     size: int = 0
     """UTF-8 bytes of all texts."""
+    rejected: str | None = None
+    """Of a pair, the answer that is not preferred to the last message."""
+    wanted: bool | None = None
+    """Of a single answer that is judged, whether it is wanted."""
 
     @property
     def text(self) -> str:
@@ -53,7 +58,14 @@ class Row:
                 said += [
                     leaf for name in ("tool_calls", "tools") if name in each for leaf in leaves(json.loads(each[name]))
                 ]
+        if self.rejected is not None:
+            said.append(self.rejected)
         return "\n".join((*said, *self.slices.values()))
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether it says what is preferred."""
+        return self.rejected is not None or self.wanted is not None
 
 
 class Mapping:
@@ -64,6 +76,8 @@ class Mapping:
         self.params = params
         self.source = source
         """The source that the rows are of; None where there are none."""
+        self.preferences = False
+        """Whether all rows are preferences; `mappings` finds out."""
         self._prompt, self._answer, self._system = (
             parse(template) if template else None for template in (data.prompt, data.answer, data.system)
         )
@@ -73,8 +87,11 @@ class Mapping:
 
     def row(self, record: dict[str, Any]) -> Row | None:
         """Return the row that a record makes, or `None` where a column is missing or holds something else."""
+        own = self._preferred(record)
+        if own is None and self.preferences:
+            return None
         try:
-            messages, wrong = self._messages(record), False
+            messages, wrong = self._messages(record) if own is None else own.messages, False
         except tools.WrongTools:
             messages, wrong = conversation(self._without_tools(record), "messages", self.data.turns), True
         if messages is None:
@@ -84,9 +101,12 @@ class Mapping:
             slices["source"] = self.source
         identity = as_text(record.get(self.data.id)) if self.data.id else ""
         row = Row(messages, slices, None, identity or None, {Reason.WRONG_TOOLS} if wrong else set())
+        if own is not None:
+            row.rejected, row.wanted, row.reasons = own.rejected, own.wanted, set(own.reasons)
         self._judge_time(row, record)
         self._judge_turns(row)
         answered = self.data.layout != "text" and not row.messages[-1].get("tool_calls")
+        answered = answered and row.wanted is not False
         if answered and not row.reasons & {Reason.WRONG_ROLES, Reason.MISSING_ANSWER}:
             self._judge_answer(row, messages[-1]["content"])
         try:
@@ -94,6 +114,12 @@ class Mapping:
         except UnicodeEncodeError:  # half of a surrogate pair, written as an escape in JSON
             row.reasons.add(Reason.NOT_UTF8)
         return row
+
+    def _preferred(self, record: dict[str, Any]) -> Preferred | None:
+        if not self.preferences:
+            return None
+        told = self.data.layout == "preference" or (detect(record, record) or ("",))[0] == "preference"
+        return preferred(record) if told else None
 
     def _messages(self, record: dict[str, Any]) -> list[dict[str, str]] | None:
         if self.data.layout == "auto":
@@ -146,7 +172,8 @@ class Mapping:
             row.reasons.add(Reason.WRONG_ROLES)
         elif not turns or turns[-1] != "assistant":
             row.reasons.add(Reason.MISSING_ANSWER)
-        if any(not message["content"].strip(_INVISIBLE) for message in row.messages):
+        texts = [*(message["content"] for message in row.messages), *([] if row.rejected is None else [row.rejected])]
+        if any(not text.strip(_INVISIBLE) for text in texts):
             row.reasons.add(Reason.EMPTY_TEXT)
 
     def _judge_tools(self, row: Row) -> None:
@@ -182,9 +209,13 @@ class Mapping:
 def row_digests(row: Row) -> tuple[str, bytes]:
     """Return the `row_id` (messages and slices) and the key that tells duplicates (messages alone).
 
-    The row_id is the first 32 hexadecimal digits of the sha256 of the canonical JSON of {messages, slices}.
+    The row_id is the first 32 hexadecimal digits of the sha256 of the canonical JSON of {messages, slices}; of a
+    preference, `messages` is {messages, rejected, wanted}.
     """
-    messages = canonical_json(row.messages)
+    content: Any = row.messages
+    if row.is_preference:
+        content = {"messages": row.messages, "rejected": row.rejected, "wanted": row.wanted}
+    messages = canonical_json(content)
     whole = b'{"messages":%b,"slices":%b}' % (messages, canonical_json(row.slices))
     return hashlib.sha256(whole).hexdigest()[:32], hashlib.sha256(messages).digest()[:16]
 
@@ -207,6 +238,12 @@ def check_columns(data: DataParams, files: Iterable[DataFile], longest: int) -> 
             f"data.layout is `auto`, but {', '.join(strange[:5])} has no known layout: expected {KNOWN}\n  "
             f"columns found: {_listed(known)}",
             fix="set data.layout to `prompt_answer` with templates over these columns, or name the column at data.messages",
+        )
+    if data.layout == "preference" and (strange := [name for name, found in seen.items() if not has_form(found)]):
+        raise ParamsError(
+            f"data.layout is `preference`, but {', '.join(strange[:5])} has no such columns: expected {FORMS}\n  "
+            f"columns found: {_listed(known)}",
+            fix="rename the columns, or set data.layout to what the rows are",
         )
     if data.tools is not None and seen and all(data.tools not in found for found in seen.values()):
         raise ParamsError(
@@ -241,7 +278,7 @@ def _listed(columns: list[str]) -> str:
 def _wanted(data: DataParams) -> dict[str, str]:
     """Return every column named, with the parameter that names it."""
     wanted: dict[str, str] = {}
-    if data.layout != "auto" and data.layout != "prompt_answer":
+    if data.layout != "auto" and data.layout != "prompt_answer" and data.layout != "preference":
         wanted |= dict.fromkeys(columns_of_layout(data.layout, data.turns), "messages")
     for where in ("prompt", "answer", "system"):
         template: str | None = getattr(data, where)

@@ -35,6 +35,8 @@ class Reason(StrEnum):
     SECRET = "secret"
     ANSWER_NOT_JSON = "answer_not_json"
     UNKNOWN_LABEL = "unknown_label"
+    SAME_ANSWERS = "same_answers"
+    DIFFERENT_PROMPTS = "different_prompts"
     WRONG_TIME = "wrong_time"
     DUPLICATE = "duplicate"
     WRONG_TOOLS = "wrong_tools"
@@ -56,7 +58,7 @@ def _named(slices: object) -> object:
 
 Template = Annotated[str, AfterValidator(_checked)]
 Slices = Annotated[dict[str, Template], BeforeValidator(_named)]
-Layout = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "auto", "prompt_answer", "text"]
+Layout = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "preference", "auto", "prompt_answer", "text"]
 OTHER = "other"
 """What rows of files that are in no source are called."""
 _SHAPE = ("messages", "prompt", "answer", "system", "tools")
@@ -116,7 +118,8 @@ class DataParams(Section):
     layout: Layout = "messages"
     """How a row holds a conversation; see `layouts.py`. `messages`: a column with a list of {role, content}. `sharegpt`: one
     with a list of {from, value}. `alpaca`: `instruction`, `input`, `output`. `prompt_completion`: `prompt`, `completion`.
-    `auto`: whichever of these each row's columns show. `prompt_answer`: templates build one question and its answer. `text`:
+    `preference`: `chosen` and `rejected` answers, or `completion` with a `label` of true or false, perhaps with `prompt`;
+    see `preferences.py`. `auto`: whichever of these each row's columns show; preferences only where all files hold them. `prompt_answer`: templates build one question and its answer. `text`:
     a column of plain text, all of whose tokens are learned; such rows are never held out, since no answer is in them."""
 
     messages: str | None = None
@@ -337,7 +340,8 @@ class ValidateParams(Section):
     cut at `preprocess.max_length` anyway."""
 
     answers_are_json: bool = False
-    """Whether the last assistant message must parse as JSON (strictly: no NaN, nothing after it)."""
+    """Whether the last assistant message must parse as JSON (strictly: no NaN, nothing after it). Of preferences, the
+    answers that are wanted: the others may be wrong in just this."""
 
     labels: Labels | None = None
     """Which labels answers may hold; null: answers are free text."""

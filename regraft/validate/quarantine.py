@@ -41,6 +41,8 @@ ROWS = pa.schema(_ROWS)
 """Columns of rows.parquet."""
 TOOL_ROWS = pa.schema(_ROWS | {"messages": pa.list_(pa.struct(_MESSAGE | dict.fromkeys(EXTRAS, pa.string())))})
 """The same where a row may call tools; see `regraft.messages`."""
+PREFERENCES = pa.schema({**_ROWS, "rejected": pa.string(), "wanted": pa.bool_()})
+"""Of accepted rows that are preferences: the other answer of a pair, or whether the one answer is wanted."""
 QUARANTINE = pa.schema(_QUARANTINE)
 _GROUP = 10_000  # rows of a row group
 _SHOWN = 2_000  # characters of a quarantined row
@@ -83,6 +85,7 @@ class ParquetRows:
 
 def accepted(row_id: str, source: str, line: int, row: Row) -> dict[str, Any]:
     """Return an accepted row as rows.parquet holds it."""
+    own = {"rejected": row.rejected, "wanted": row.wanted} if row.is_preference else {}
     return {
         "row_id": row_id,
         "source": source,
@@ -91,6 +94,7 @@ def accepted(row_id: str, source: str, line: int, row: Row) -> dict[str, Any]:
         "slices": list(row.slices.items()),
         "at": row.at,
         "id": row.id,
+        **own,
     }
 
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regraft.errors import DataError, ParamsError
+from regraft.validate.layouts import detect
 from regraft.validate.mapping import Mapping, check_columns
 from regraft.validate.params import OTHER, DataParams, ValidateParams
-from regraft.validate.source import DataFile, find_files
+from regraft.validate.source import DataFile, Opened, find_files, read_rows
 
 
 def mappings(
@@ -27,7 +28,7 @@ def mappings(
     """
     if not data.sources:
         check_columns(data, files, longest)
-        return dict.fromkeys((file.name for file in files), Mapping(data, params))
+        return _told(dict.fromkeys((file.name for file in files), Mapping(data, params)), files, longest)
     known = {file.name for file in files}
     owner: dict[str, str] = {}
     for name, source in data.sources.items():
@@ -57,4 +58,32 @@ def mappings(
             except (ParamsError, DataError) as error:
                 raise type(error)(f"in source `{name}`: {error.message}", fix=error.fix) from error
             by_file |= dict.fromkeys((file.name for file in own), Mapping(read, params, source=name))
+    return _told(by_file, files, longest)
+
+
+def _told(by_file: dict[str, Mapping], files: Sequence[DataFile], longest: int) -> dict[str, Mapping]:
+    """Find out whether the rows are preferences; with `auto` the first row of each file tells.
+
+    Raises:
+        DataError: some files hold preferences and others conversations.
+    """
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for file in files:
+        layout = by_file[file.name].data.layout
+        if layout == "auto":
+            rows = () if file.format is None else read_rows(file, longest, Opened())
+            record = next((row.record for row in rows if row.record is not None), None)
+            found = None if record is None else detect(record, record)
+            if found is None:
+                continue
+            layout = found[0]
+        told[layout == "preference"].append(file.name)
+    if told[True] and told[False]:
+        raise DataError(
+            f"{', '.join(told[True][:5])}: preferences; {', '.join(told[False][:5])}: conversations without; expected "
+            "one kind",
+            fix="keep them in clones of their own: an adapter of the one can be train.parent of the other",
+        )
+    for mapping in by_file.values():
+        mapping.preferences = bool(told[True])
     return by_file

@@ -30,7 +30,7 @@ from regraft.validate.mapping import Mapping, Row, row_digests
 from regraft.validate.measures import FOREIGN, measure
 from regraft.validate.params import OTHER, DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
-from regraft.validate.quarantine import QUARANTINE, ROWS, TOOL_ROWS, ParquetRows, accepted, quarantined
+from regraft.validate.quarantine import PREFERENCES, QUARANTINE, ROWS, TOOL_ROWS, ParquetRows, accepted, quarantined
 from regraft.validate.report import ExpectationResult, FileResult, TimeRange, ValidateReport
 from regraft.validate.seen import Seen
 from regraft.validate.source import DataFile, Opened, RawRow, find_files, read_rows
@@ -82,6 +82,8 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
     if params.scripts is not None:
         tally.counts.foreign = 0
     schema = ROWS if all(each.data.tools is None for each in read_as.values()) else TOOL_ROWS
+    if any(each.preferences for each in read_as.values()):
+        schema = PREFERENCES
     with commit_dir(out) as folder:
         with ExitStack() as stack:
             rows = stack.enter_context(ParquetRows(folder / "rows.parquet", schema))
@@ -340,7 +342,14 @@ def _check_slices(params: ValidateParams, data: DataParams) -> None:
 
 
 def _is_forgotten(forgotten: Forgotten, raw: RawRow, row: Row | None, data: DataParams) -> bool:
-    return forgotten.holds(None if row is None else row.messages, _id_of(raw, row, data))
+    identity = _id_of(raw, row, data)
+    if row is None or row.rejected is None:
+        return forgotten.holds(None if row is None else row.messages, identity)
+    other = [
+        *row.messages[:-1],
+        {"role": "assistant", "content": row.rejected},
+    ]  # forgotten as a conversation of its own
+    return forgotten.holds(row.messages, identity) or forgotten.holds(other, identity)
 
 
 def _id_of(raw: RawRow, row: Row | None, data: DataParams) -> str | None:

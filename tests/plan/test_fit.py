@@ -47,6 +47,11 @@ def test_what_is_chosen_fits_what_came_before_did_not_and_a_step_sees_the_same_t
     assert found.setup.batch * found.setup.accumulation == 16
 
 
+def test_a_batch_keeps_the_rows_that_its_objective_needs() -> None:
+    found = fit(LLAMA_8B, WANTED.but(least_batch=2, answers=2), 6 * GIB)
+    assert (found.setup.batch, found.setup.accumulation) == (2, 8)
+
+
 def test_a_smaller_card_never_gets_more() -> None:
     totals = [fit(LLAMA_8B, WANTED, gib * GIB).total for gib in (6, 8, 12, 16, 24, 40, 48, 80, 141)]
     assert totals == sorted(totals)

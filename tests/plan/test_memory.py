@@ -293,3 +293,18 @@ def test_a_base_that_is_shared_out_takes_its_share_and_what_is_gathered_for_a_mo
     train = TrainParams(max_steps=1, processes=4, sharding="full")
     assert setup_from(train, ModelParams(), length=128).shards == 4
     assert setup_from(train.model_copy(update={"sharding": "none"}), ModelParams(), length=128).shards == 1
+
+
+def test_preferences_send_both_answers_of_a_row_through_the_model() -> None:
+    plain = TrainParams(max_steps=1, batch_size=4)
+    found = {
+        objective: setup_from(plain.model_copy(update={"objective": objective}), ModelParams(), length=256, trained=0.5)
+        for objective in ("supervised", "dpo", "kto", "orpo")
+    }
+
+    assert {name: each.tokens for name, each in found.items()} == {
+        "supervised": 1024, "dpo": 2048, "kto": 2048, "orpo": 2048,
+    }  # fmt: skip
+    assert [name for name, each in found.items() if each.chunk is not None] == ["dpo", "kto"]
+    assert (found["orpo"].trained, found["dpo"].trained, found["supervised"].batch) == (1.0, 0.5, 4)
+    assert [name for name, each in found.items() if each.least_batch == 2] == ["kto"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft.artifacts import commit_dir, digest_file
+from regraft.artifacts import commit_dir, digest_file, digest_json
 from regraft.model.params import ModelParams
 from regraft.train.params import TrainParams
 
@@ -81,3 +81,45 @@ def pinned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of the stage `preprocess`, its training side."""
     return write_dataset(tmp_path_factory.mktemp("dataset") / "preprocess")
+
+
+def preferences(count: int, seed: int = 0, vocabulary: int = 380) -> Iterator[dict[str, list[int]]]:
+    """Prompts of random tokens; preferred is the prompt again, the other answer is random and of another length."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        prompt = [chance.randrange(3, vocabulary) for _ in range(chance.randrange(3, 8))]
+        rejected = [chance.randrange(3, vocabulary) for _ in range(chance.randrange(2, 9))]
+        yield {"prompt_ids": prompt, "chosen_ids": list(prompt), "rejected_ids": rejected}
+
+
+def write_pairs(folder: Path, rows: list[dict[str, list[int]]]) -> Path:
+    """Write preferences as the stage `preprocess` does, with the preferred answers as blocks of their own."""
+    import pyarrow as pa
+
+    def write(path: Path, content: list[dict[str, list[int]]]) -> None:
+        schema = pa.schema([(name, pa.list_(pa.int32())) for name in content[0]])
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_table(pa.Table.from_pylist(content, schema))
+
+    blocks = []
+    for row in rows:
+        ids = row["prompt_ids"] + row["chosen_ids"]
+        labels = [-100] * len(row["prompt_ids"]) + row["chosen_ids"]
+        blocks.append({"input_ids": ids, "labels": labels, "position_ids": list(range(len(ids)))})
+    with commit_dir(folder) as out:
+        write(out / "train-00000.arrow", blocks)
+        write(out / "pairs-00000.arrow", rows)
+        (out / "report.json").write_text(json.dumps({"schema_version": 1, "train_digest": digest_json(rows)}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_preferences() -> Callable[[int], list[dict[str, list[int]]]]:
+    """The function that makes so many preferences."""
+    return lambda count: list(preferences(count))
+
+
+@pytest.fixture(scope="session")
+def write_preferences() -> Callable[[Path, list[dict[str, list[int]]]], Path]:
+    """The function that writes preferences: (folder, rows)."""
+    return write_pairs

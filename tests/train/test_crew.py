@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -169,6 +170,36 @@ def test_a_base_that_was_not_shared_out_is_refused(tiny_base: Path) -> None:
 def test_what_was_not_tried_with_a_shared_out_base_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="for `sharding: full`"):
         TrainParams.model_validate(SHARED.model_dump() | changes)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_two_processes_learn_from_preferences_as_one_does(
+    tmp_path: Path,
+    pinned: Path,
+    objective: str,
+    make_preferences: Callable[..., Any],
+    write_preferences: Callable[..., Path],
+) -> None:
+    from regraft.train.trainer import train
+
+    data = write_preferences(tmp_path / "preprocess", make_preferences(24))
+    alone = ALONE.model_copy(update={"objective": objective, "scheduler": "constant"})
+    report = train(
+        alone, ModelParams(), base=pinned, dataset=data, out=tmp_path / "alone", checkpoints=tmp_path / "checkpoints"
+    )
+    folder = clone(
+        tmp_path / "clone", pinned, data, alone.model_copy(update={"processes": 2, "batch_size": ALONE.batch_size // 2})
+    )
+    running = start(folder)
+    said, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, said
+    out = folder / "data/work/train"
+    together = json.loads((out / "report.json").read_text())
+    assert (together["tokens_seen"], together["tokens_trained"]) == (report.tokens_seen, report.tokens_trained)
+    for one, two in zip(lines(tmp_path / "alone"), lines(out), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=5e-3)
+        assert two["reward_margin"] == pytest.approx(one["reward_margin"], rel=5e-2, abs=1e-4)
 
 
 @pytest.mark.extended
