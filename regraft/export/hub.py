@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from regraft.artifacts import MANIFEST, digest_file, read_json
 from regraft.errors import DamagedArtifact, ParamsError, ServiceUnavailable
+from regraft.export.certificate import README
 from regraft.failpoints import failpoint
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ MAIN = "main"
 _BRANCH = "export-"
 _OWN = (".gitattributes",)  # the hub's own
 _REFUSED = (401, 403)
+_OVERTAKEN = (409, 412)
 
 
 def send_to_hub(
@@ -60,6 +62,7 @@ def send_to_hub(
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     with _explained(url):
         api.create_repo(repo, private=private, exist_ok=True)
+        _check_repository(api, repo, url, private=private)
         branch = _BRANCH + name
         branches = {each.name for each in api.list_repo_refs(repo).branches}
         if branch not in branches:
@@ -72,13 +75,36 @@ def send_to_hub(
         moved = bool(_commit(api, repo, MAIN, folder, name))
         _check(api, repo, MAIN, folder, url)
         failpoint("publish.latest")
-        titles = (each.title for each in api.list_repo_commits(repo, revision=MAIN))
-        order = list(dict.fromkeys(title.rpartition(" ")[2] for title in titles if title.startswith(_title(""))))
+        order = list(dict.fromkeys(_published(api, repo)))
         old = [each for each in order if each != name][keep - 1 :]
         removed = [each for each in old if _BRANCH + each in branches]
         for each in removed:
             api.delete_branch(repo, branch=_BRANCH + each)
         return sent, moved, removed
+
+
+def _check_repository(api: "HfApi", repo: str, url: str, *, private: bool) -> None:
+    """Refuse a repository that others can read, and one that holds what no export put there: publishing replaces it all.
+
+    Raises:
+        ParamsError: it is one of these.
+    """
+    if private and not api.repo_info(repo).private:
+        raise ParamsError(f"{url} is public, and the export was to be private", fix="add --public, or name another one")
+    if not list(_published(api, repo)):
+        foreign = sorted(_held(api, repo, MAIN).keys() - {*_OWN, README})
+        if foreign:
+            raise ParamsError(
+                f"{url} holds {len(foreign)} files that no export of Regraft put there, first {foreign[0]}",
+                fix="name a repository of the export's own, or empty that one",
+            )
+
+
+def _published(api: "HfApi", repo: str) -> Iterator[str]:
+    """The names of the exports that `main` has held, newest first."""
+    for commit in api.list_repo_commits(repo, revision=MAIN):
+        if commit.title.startswith(_title("")):
+            yield commit.title.rpartition(" ")[2]
 
 
 def _title(name: str) -> str:
@@ -93,21 +119,22 @@ def _commit(api: "HfApi", repo: str, branch: str, folder: Path, name: str) -> in
     """Make a branch hold the folder's files and no others, in one commit; return how many were sent."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    there = _held(api, repo, branch)
+    head = api.repo_info(repo, revision=branch).sha
+    there = _held(api, repo, head or branch)
     changed = [file for file in _files(folder) if not _equal(folder / file, there.get(file))]
     foreign = sorted(there.keys() - set(_files(folder)) - set(_OWN))
     if changed or foreign:
         operations: list[Any] = [CommitOperationAdd(file, str(folder / file)) for file in changed]
         operations += [CommitOperationDelete(file) for file in foreign]
-        api.create_commit(repo, operations, commit_message=_title(name), revision=branch)
+        api.create_commit(repo, operations, commit_message=_title(name), revision=branch, parent_commit=head)
         failpoint("publish.file")
     return len(changed)
 
 
-def _held(api: "HfApi", repo: str, branch: str) -> dict[str, Any]:
+def _held(api: "HfApi", repo: str, revision: str) -> dict[str, Any]:
     from huggingface_hub.hf_api import RepoFile
 
-    tree = api.list_repo_tree(repo, recursive=True, revision=branch)
+    tree = api.list_repo_tree(repo, recursive=True, revision=revision)
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
@@ -149,6 +176,10 @@ def _explained(url: str) -> Iterator[None]:
             raise ParamsError(
                 f"{url}: the hub refuses the token ({status}), or there is none",
                 fix="hf auth login, with a token that may write there",
+            ) from error
+        if status in _OVERTAKEN:
+            raise ServiceUnavailable(
+                f"{url}: somebody else committed there in the same moment", fix="run the same command again"
             ) from error
         raise ServiceUnavailable(
             f"{url}: the hub answers {status}: {str(error)[:300]}", fix="run the same command again"

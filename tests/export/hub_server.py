@@ -27,10 +27,12 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     damage: str = ""
     """The name of a file that is stored with another byte."""
+    overtake: bool = False
+    """Somebody else commits just before the next commit."""
     url: str = ""
 
     def files(self, branch: str) -> dict[str, bytes]:
-        return dict(self.commits[self.branches[branch]]["files"])
+        return dict(self.commits[self.branches.get(branch, branch)]["files"])
 
     def commit(self, branch: str, title: str, files: dict[str, bytes]) -> str:
         parent = self.branches.get(branch)
@@ -125,7 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
         return answer
 
     def _models(self, parts: list[str], body: bytes) -> None:
-        hub, what = self.state, parts[0]
+        hub = self.state
+        if not parts:
+            self._info(hub.branches["main"])
+            return
+        what = parts[0]
         if what == "refs":
             branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in hub.branches.items()]
             self._answer({"branches": branches, "converts": [], "tags": []})
@@ -148,8 +154,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer([self._entry(path, data) for path, data in sorted(hub.files(parts[1]).items())])
         elif what == "commits":
             self._answer(list(self._history(parts[1])))
+        elif what == "revision":
+            self._info(hub.branches.get(parts[1], parts[1]))
         else:
             self._answer({"error": f"{what} is not spoken here"}, 404)
+
+    def _info(self, oid: str) -> None:
+        repo, private = next(iter(self.state.private.items()))
+        self._answer({"id": repo, "modelId": repo, "sha": oid, "private": private, "tags": [], "siblings": []})
 
     def _commit(self, branch: str, body: bytes) -> None:
         hub, title, files = self.state, "", self.state.files(branch)
@@ -158,6 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
             value = entry["value"]
             if entry["key"] == "header":
                 title = value["summary"]
+                if hub.overtake:
+                    hub.commit(branch, "Regraft export of somebody else", files)
+                    hub.overtake = False
+                if value.get("parentCommit") not in (None, hub.branches[branch]):
+                    self._answer({"error": "the head is another commit by now"}, 412)
+                    return
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":

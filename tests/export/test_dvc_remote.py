@@ -81,6 +81,24 @@ def test_other_bytes_in_the_remote_are_found_and_the_pointer_is_put_back(
     assert (clone / "support.dvc").read_bytes() == before
 
 
+def test_what_is_missing_in_the_remote_is_not_read_from_the_cache(
+    merges: list[Path], clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_to(merges[0], "dvc://store/support")
+    dvc(clone, "fetch", "-r", "store", "support.dvc")
+    weights = (merges[0] / "model.safetensors").read_bytes()
+
+    def lose(_: str) -> None:
+        for path in [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]:
+            if path.read_bytes() == weights:
+                path.unlink()
+
+    monkeypatch.setattr(dvc_remote, "failpoint", lose)
+
+    with pytest.raises(DamagedArtifact, match=r"does not return support/model\.safetensors"):
+        publish_to(merges[0], "dvc://store/support")
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [

@@ -142,6 +142,37 @@ def test_killed_before_main_moved_the_old_export_is_served_and_the_same_command_
     assert without_own(hub.files("main")) == contents(merges[1])
 
 
+def test_a_public_repository_is_refused_unless_it_is_meant(merges: list[Path], hub: hub_server.Hub) -> None:
+    publish_to(merges[0], URL, private=False)
+    assert hub.private == {"team/support": False}
+
+    with pytest.raises(ParamsError, match="is public, and the export was to be private"):
+        publish_to(merges[1], URL)
+    publish_to(merges[1], URL, private=False)
+
+
+def test_what_somebody_else_keeps_in_a_repository_is_not_deleted(merges: list[Path], hub: hub_server.Hub) -> None:
+    hub.private["team/support"] = True
+    hub.commit("main", "by hand", {".gitattributes": b"", "README.md": b"", "notes.md": b"ours"})
+
+    with pytest.raises(ParamsError, match=r"1 files that no export of Regraft put there, first notes\.md"):
+        publish_to(merges[0], URL)
+
+    assert hub.files("main")["notes.md"] == b"ours"
+    assert list(hub.branches) == ["main"]
+
+
+def test_of_two_publishers_at_once_one_is_told_to_run_again(merges: list[Path], hub: hub_server.Hub) -> None:
+    publish_to(merges[0], URL)
+    hub.overtake = True
+
+    with pytest.raises(ServiceUnavailable, match="somebody else committed there"):
+        publish_to(merges[1], URL)
+
+    publish_to(merges[1], URL)
+    assert without_own(hub.files("main")) == contents(merges[1])
+
+
 def test_a_refused_token_and_a_server_that_is_away_are_said(
     merges: list[Path], hub: hub_server.Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
