@@ -259,9 +259,12 @@ def _temporary_sibling(destination: Path) -> tuple[Path, int]:
     while True:
         folder = destination.with_name(f".{destination.name}.{secrets.token_hex(6)}.tmp")
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # swept away by another writer's clean-up
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # not swept away between mkdir and flock by another writer's clean-up
+        if folder.exists():  # not swept away between mkdir and flock either
             return folder, lock
         os.close(lock)
 

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from regraft import artifacts
 from regraft.artifacts import (
     MANIFEST,
     commit_dir,
@@ -133,6 +135,26 @@ def test_two_writers_at_once_both_succeed_and_one_of_them_is_left_whole(tmp_path
     verify_dir(out)
     assert content(out)["a.txt"] in ("left", "right")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_writer_whose_new_folder_is_swept_away_by_another_takes_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[str] = []
+    real = os.open
+
+    def open_after_the_sweep(path: Any, *more: Any, **settings: Any) -> int:
+        if str(path).endswith(".tmp") and not swept:
+            swept.append(str(path))
+            artifacts._remove_leftovers(tmp_path / "out")
+        return real(path, *more, **settings)
+
+    monkeypatch.setattr(artifacts.os, "open", open_after_the_sweep)
+    with commit_dir(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("whole")
+
+    assert len(swept) == 1
+    assert (tmp_path / "out/a.txt").read_text() == "whole"
 
 
 @pytest.mark.parametrize(

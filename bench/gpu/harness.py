@@ -161,7 +161,7 @@ def ours(
         warnings.simplefilter("ignore")
         run = AdapterTrainer(
             trainee,
-            trainer._arguments(params, model_params, Path(scratch)),
+            trainer._arguments(trainer._settings(params, model_params, Path(scratch))),
             partial(collate, pad_id=0),
             rows,
             params=params,
