@@ -198,6 +198,7 @@ class PreferenceTrainer(AdapterTrainer):
         ).tolist()
         self.progress.examples.append(self._items)
         self.progress.margins.append(margin / max(counts[0], 1))
+        self.progress.compared.append(int(counts[0]))
         if counts[1]:
             self.progress.accuracies.append(accuracy / counts[1])
         return norm
@@ -230,7 +231,7 @@ class DpoTrainer(PreferenceTrainer, DPOTrainer):  # type: ignore[misc]
 
 
 class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
-    """KTO; TRL tells its margin only for batches with answers of both kinds, so it is the mean over those (else 0)."""
+    """KTO; TRL tells its margin only for batches with answers of both kinds, so it is the mean over those alone."""
 
 
 class OrpoTrainer(PreferenceTrainer, ORPOTrainer):  # type: ignore[misc]
