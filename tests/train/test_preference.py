@@ -1,5 +1,6 @@
 """Training on preferences: the papers' losses in float64, what is learned, and the engine's promises for each objective."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -443,6 +444,38 @@ def test_answers_with_labels_train_kto_and_nothing_else(
     alike = write_preferences(tmp_path / "alike", [{**row, "rejected_ids": []} for row in rows])
     with pytest.raises(DataError, match="nothing to prefer"):
         train(objective="kto", data=alike)
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(("pair", "wanted", "unwanted"), repeat=3)))
+def test_every_prompt_borrows_an_answer_of_another_row(kinds: tuple[str, ...]) -> None:
+    from regraft.train.preference import collate_singles
+
+    for some in (kinds, kinds[:2]):
+        batch = collate_singles(
+            [
+                {
+                    "prompt_ids": [10 * (i + 1)],
+                    "chosen_ids": [] if kind == "unwanted" else [10 * (i + 1) + 1],
+                    "rejected_ids": [] if kind == "wanted" else [10 * (i + 1) + 2],
+                }
+                for i, kind in enumerate(some)
+            ],
+            0,
+        )
+
+        answers = sum(2 if kind == "pair" else 1 for kind in some)
+        assert batch["examples"] == answers == len(batch["KL_input_ids"])
+        own, borrowed = batch["input_ids"].tolist(), batch["KL_input_ids"].tolist()
+        assert [prompt for prompt, _ in own] == [prompt for prompt, _ in borrowed]
+        assert all(prompt // 10 != answer // 10 for prompt, answer in borrowed)
+
+
+def test_a_batch_of_one_row_has_only_its_own_answers_to_borrow() -> None:
+    from regraft.train.preference import collate_singles
+
+    batch = collate_singles([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}], 0)
+
+    assert batch["KL_input_ids"].tolist() == [[1, 3], [1, 2]]
 
 
 def test_the_margin_of_single_answers_is_that_of_the_batches_with_both_kinds(
