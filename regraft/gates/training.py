@@ -8,8 +8,8 @@ from typing import Any
 
 from regraft.errors import DamagedArtifact, MissingInput
 from regraft.gates.params import TrainingGate
-from regraft.gates.verdict import Verdict, at_least, decide, none_of, same
-from regraft.train.report import TrainReport
+from regraft.gates.verdict import Check, Verdict, at_least, decide, none_of, same
+from regraft.train.report import PreferenceResult, TrainReport
 
 GATE = "training"
 _RAW = ("loss", "grad_norm")
@@ -58,9 +58,24 @@ def judge_training(
         none_of("zero_b", sorted({*report.zero_b, *broken}), "Adapted layers that change nothing"),
     ]
     if (preference := report.preference) is not None:
-        rise = preference.margin_last - preference.margin_first
-        checks.append(at_least("reward_margin", rise, 0, "Rise of the reward of preferred answers over the others"))
+        checks.append(_rise(preference))
     return decide(GATE, checks, expected)
+
+
+def _rise(preference: PreferenceResult) -> Check:
+    """Ask that preferred answers gained on the others; where either end of the run measured nothing, it is a no."""
+    name, what = "reward_margin", "Rise of the reward of preferred answers over the others"
+    first, last = preference.margin_first, preference.margin_last
+    if first is not None and last is not None:
+        return at_least(name, last - first, 0, what)
+    ends = [end for end, margin in (("first", first), ("last", last)) if margin is None]
+    return Check(
+        name=name,
+        passed=False,
+        detail=f"{what}: not measured in the {' and the '.join(ends)} tenth of the steps, where no batch had answers of both "
+        "kinds, but at least 0 is asked for; raise train.batch_size, or label more answers of the rarer kind.",
+        threshold=0,
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

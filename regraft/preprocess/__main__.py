@@ -25,10 +25,12 @@ class Sections(BaseModel):
 def body(sections: Sections, layout: Layout) -> None:
     """Prepare what `validate` accepted."""
     from regraft.preprocess.preprocess import preprocess
+    from regraft.preprocess.twins import sweep
 
     started = time.monotonic()
     base, rows, out = (layout.stage(name) for name in ("model", "validate", "preprocess"))
     cache = layout.cache("preprocess")
+    sweep(cache)
     report = preprocess(sections.preprocess, base=base, rows=rows, out=out, cache=cache, root=layout.root)
     seconds = time.monotonic() - started
     measured = {"seconds": round(seconds, 2), "rows_per_second": round(report.counts.rows_in / seconds, 1)}

@@ -6,11 +6,13 @@ of its bands a row is compared with the eight before it and the first of those t
 one (data made from templates), some twins are not seen. Signatures lie on disk; in memory are some 40 bytes for each row.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regraft.failpoints import failpoint
 from regraft.preprocess.holdout import Fate
 from regraft.preprocess.keys import load_near
 from regraft.preprocess.near import BANDS, HASHES, band
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _BEFORE = 8  # rows of one band that each is compared with
 _CHUNK = 1 << 16  # rows, or pairs, at once
+_SCRATCH = ".twins-"
 
 
 def drop_twins(
@@ -42,7 +45,7 @@ def drop_twins(
     train = train[np.lexsort((ids[train], times[train]))]
     rank = np.full(len(fates), -1, np.int64)
     rank[train] = np.arange(len(train))
-    with tempfile.TemporaryDirectory(prefix=".twins-", dir=folders[0].parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folders[0].parent) as scratch:
         signatures = np.memmap(Path(scratch) / "signatures", np.uint32, "w+", shape=(len(train), HASHES))
         at = 0
         for folder in folders:
@@ -50,6 +53,7 @@ def drop_twins(
             places = rank[at : at + len(own)]
             signatures[places[places >= 0]] = own[places >= 0]
             at += len(own)
+        failpoint("preprocess.twins")
         found = np.empty(0, np.uint64)
         for number in range(BANDS):
             near = [_near(signatures, *pair, threshold) for pair in _pairs(signatures, number)]
@@ -59,6 +63,12 @@ def drop_twins(
         if not gone[earlier]:  # in order of rank: what becomes of the earlier one is settled
             gone[later] = True
     fates[train[gone]] = Fate.NEAR_DUPLICATE
+
+
+def sweep(cache: Path) -> None:
+    """Remove signatures that killed runs left beside the folders; only where the stage's lock says that none is running."""
+    for left in cache.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _pairs(signatures: "np.ndarray", number: int) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ class Progress:
     examples: list[int] = field(default_factory=list)
     """Pairs or single answers of each step; empty where tokens count."""
     margins: list[float] = field(default_factory=list)
-    """Reward of the preferred answers minus that of the others, of each step's examples; only with preferences."""
+    """Reward of the preferred answers minus that of the others, of each step's `compared`; only with preferences."""
+    compared: list[int] = field(default_factory=list)
+    """Examples that each step's margin was measured on: with kto those of batches with answers of both kinds, maybe none."""
     accuracies: list[float] = field(default_factory=list)
     """Share of each step's pairs whose preferred answer has the higher reward; only where there are pairs."""
 
@@ -70,9 +73,12 @@ class Progress:
 
     def mean_of(self, values: list[float], first: int, last: int) -> float:
         """Mean of what was measured at each step, over a range of steps, by what the steps' losses are means of."""
-        counts = (self.examples or self.trained)[first:last]
-        total = math.fsum(value * count for value, count in zip(values[first:last], counts, strict=True))
-        return total / max(1, sum(counts))
+        return _mean(values[first:last], (self.examples or self.trained)[first:last])
+
+    def margin(self, first: int, last: int) -> float | None:
+        """Mean margin of the examples that it was measured on, over a range of steps; None where it was on none."""
+        counts = self.compared[first:last]
+        return _mean(self.margins[first:last], counts) if any(counts) else None
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Progress":
@@ -84,6 +90,10 @@ class Progress:
     def to_bytes(self) -> bytes:
         """The progress as JSON; floats come back bit for bit."""
         return json.dumps(dataclasses.asdict(self)).encode()
+
+
+def _mean(values: Sequence[float], counts: Sequence[int]) -> float:
+    return math.fsum(value * count for value, count in zip(values, counts, strict=True)) / max(1, sum(counts))
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
@@ -331,8 +341,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             "grad_norm": trainer.grad_norm,
             "learning_rate": trainer.learning_rate,
         }
-        if self.progress.margins:
-            line["reward_margin"] = self.progress.mean_of(self.progress.margins, self._logged_before(step), step)
+        if (margin := self.progress.margin(self._logged_before(step), step)) is not None:
+            line["reward_margin"] = margin
         if self.progress.accuracies:
             line["reward_accuracy"] = self.progress.mean_of(self.progress.accuracies, self._logged_before(step), step)
         if measured:

@@ -198,6 +198,7 @@ class PreferenceTrainer(AdapterTrainer):
         ).tolist()
         self.progress.examples.append(self._items)
         self.progress.margins.append(margin / max(counts[0], 1))
+        self.progress.compared.append(int(counts[0]))
         if counts[1]:
             self.progress.accuracies.append(accuracy / counts[1])
         return norm
@@ -230,7 +231,7 @@ class DpoTrainer(PreferenceTrainer, DPOTrainer):  # type: ignore[misc]
 
 
 class KtoTrainer(PreferenceTrainer, KTOTrainer):  # type: ignore[misc]
-    """KTO; TRL tells its margin only for batches with answers of both kinds, so it is the mean over those (else 0)."""
+    """KTO; TRL tells its margin only for batches with answers of both kinds, so it is the mean over those alone."""
 
 
 class OrpoTrainer(PreferenceTrainer, ORPOTrainer):  # type: ignore[misc]
@@ -286,21 +287,25 @@ def collate_pairs(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
 
 
 def collate_singles(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
-    """Batch answers with their labels, a pair as two, and with each prompt the answer of the example before it.
+    """Batch answers with their labels, a pair as two, and with each prompt an answer of another row.
 
-    Preferred answers come first, so that with two rows or more no pair lends its own answers to its prompt.
+    That is the answer of the nearest example before it that is of another row, the last one being before the first; a
+    batch of one row has none but its own. Preferred answers come first.
 
     Returns:
         as `collate_pairs`, of (answers, longest), with `label`, and the borrowed answers under `KL_` names.
     """
-    examples = [
-        {"prompt_ids": list(row["prompt_ids"]), "completion_ids": list(row[column]), "label": label}
+    singles = [
+        (number, {"prompt_ids": list(row["prompt_ids"]), "completion_ids": list(row[column]), "label": label})
         for column, label in (("chosen_ids", True), ("rejected_ids", False))
-        for row in rows
+        for number, row in enumerate(rows)
         if row[column]
     ]
-    for place, example in enumerate(examples):
-        example["KL_completion_ids"] = examples[place - 1]["completion_ids"]
+    for place, (own, example) in enumerate(singles):
+        before = [singles[place - back] for back in range(1, len(singles))]
+        lender = next((each for number, each in before if number != own), singles[place - 1][1])
+        example["KL_completion_ids"] = lender["completion_ids"]
+    examples = [example for _, example in singles]
     return _counted(DataCollatorForUnpairedPreference(pad_token_id=pad_id)(examples), len(examples))
 
 

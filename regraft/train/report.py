@@ -34,9 +34,10 @@ class PreferenceResult(BaseModel):
     reference: str | None
     """What rewards are measured against: `base`, `start` (of pissa and olora: the base), the parent's digest; null for
     orpo, whose reward is the mean log likelihood of an answer's token."""
-    margin_first: float
-    """Mean reward of the preferred answers minus that of the others over the first tenth of the steps; times beta."""
-    margin_last: float
+    margin_first: float | None
+    """Mean reward of the preferred answers minus that of the others over the first tenth of the steps; times beta. Null
+    where none was measured: kto measures it in batches with answers of both kinds."""
+    margin_last: float | None
     """The same over the last tenth."""
     accuracy_first: float | None
     """Share of the pairs whose preferred answer has the higher reward; null for kto, whose answers come singly."""

@@ -351,7 +351,7 @@ def _preference(params: TrainParams, progress: "Progress", trainee: Trainee) -> 
     steps = len(progress.losses)
     tenth = max(1, steps // 10)
     ends = ((0, tenth), (steps - tenth, steps))
-    margins = [progress.mean_of(progress.margins, *each) for each in ends]
+    margins = [progress.margin(*each) for each in ends]
     accuracies = [progress.mean_of(progress.accuracies, *each) if progress.accuracies else None for each in ends]
     return PreferenceResult(
         objective=params.objective,

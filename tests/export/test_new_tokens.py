@@ -306,6 +306,38 @@ def test_a_merge_by_itself_takes_the_tokenizer_that_lies_beside_the_adapter(trai
             assert (merged[weight][OLD:] == tensor.to(merged[weight].dtype)).all()
 
 
+def test_a_gguf_file_of_a_merge_with_new_tokens_reads_them_back_with_their_rows(
+    trained: Layout, tmp_path: Path
+) -> None:
+    """By transformers, an independent reader; for llama.cpp, plain tokens that a text may hold are USER_DEFINED ones."""
+    gguf = pytest.importorskip("gguf")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from regraft.export.gguf import write_gguf
+    from regraft.export.standalone import merge_adapter
+
+    merged, out = tmp_path / "merged", tmp_path / "out"
+    merge_adapter(trained.root / "base", trained.stage("train") / "adapter", merged)
+    out.mkdir()
+
+    write_gguf(merged, out, "gguf-f16")
+
+    fields = gguf.GGUFReader(out / "model.gguf").fields
+    assert fields["tokenizer.ggml.tokens"].contents()[OLD:] == NEW
+    assert fields["tokenizer.ggml.token_type"].contents()[OLD:] == [gguf.TokenType.USER_DEFINED] * 2
+    found = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32)
+    ids = torch.tensor([[5, 6, OLD, 7, OLD + 1, 8]])
+    with torch.no_grad():
+        expected, logits = small.load(merged).float()(ids).logits, found(ids).logits
+    assert logits.shape[-1] == OLD + 2
+    torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.01)
+    own, tokenizer = AutoTokenizer.from_pretrained(merged), AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
+    for text in ("my <sku>lamp<shelf> and<sku><shelf>9", "<sku>", " <shelf> ", "<sk>u>"):
+        assert tokenizer(text)["input_ids"] == own(text)["input_ids"]
+        assert tokenizer.decode(own(text)["input_ids"]) == text
+
+
 def test_new_tokens_that_leave_a_gap_after_the_base_are_not_merged(trained: Layout, tmp_path: Path) -> None:
     from regraft.export.plan import plan_merge
 

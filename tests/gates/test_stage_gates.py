@@ -130,6 +130,33 @@ def test_each_flaw_of_a_training_run_is_refused(reports: Any, name: str, changes
     assert _failed(_training(reports, **changes)) == [name]
 
 
+def _preference(first: float | None, last: float | None) -> dict[str, Any]:
+    own = {"objective": "kto", "beta": 0.1, "loss": "kto", "reference": "base"}
+    return {**own, "margin_first": first, "margin_last": last, "accuracy_first": None, "accuracy_last": None}
+
+
+@pytest.mark.parametrize(("first", "last", "passed"), [(0.0, 0.5, True), (0.0, 0.0, True), (0.5, 0.4, False)])
+def test_preferred_answers_must_not_have_lost_on_the_others(
+    reports: Any, first: float, last: float, passed: bool
+) -> None:
+    assert _failed(_training(reports, preference=_preference(first, last))) == ([] if passed else ["reward_margin"])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [(None, 0.5, "the first tenth"), (0.0, None, "the last tenth"), (None, None, "the first and the last tenth")],
+)
+def test_a_margin_that_was_never_measured_is_a_no_that_names_what_to_do(
+    reports: Any, first: float | None, last: float | None, said: str
+) -> None:
+    verdict = _training(reports, preference=_preference(first, last))
+
+    assert _failed(verdict) == ["reward_margin"]
+    assert f"not measured in {said}" in verdict.reasons[0]
+    assert "train.batch_size" in verdict.reasons[0]
+    assert "rarer kind" in verdict.reasons[0]
+
+
 def test_a_mean_loss_that_is_not_finite_is_no_drop_either(reports: Any) -> None:
     for loss in (math.nan, math.inf, -math.inf):
         assert _failed(_training(reports, loss_last=loss)) == ["finite", "loss_drop"]

@@ -71,6 +71,17 @@ def test_killed_between_two_entries_of_its_cache_it_ends_with_the_undisturbed_by
     killed_and_repeated(clone, "commit_dir.sealed@2", expected)
 
 
+def test_killed_among_near_duplicates_its_next_run_sweeps_their_signatures(clone: Path) -> None:
+    (clone / "params.yaml").write_text("preprocess: {max_length: 128, near_duplicates: 0.9}\n")
+    assert stage(clone, REGRAFT_FAILPOINT="preprocess.twins").returncode == -signal.SIGKILL
+    cache = clone / "data/work/cache/preprocess"
+    assert [path.name[:7] for path in cache.glob(".*")] == [".twins-"]
+    (clone / "params.yaml").write_text("preprocess: {max_length: 128}\n")  # so does one that looks for none
+    finished = stage(clone)
+    assert finished.returncode == 0, finished.stderr
+    assert [path.name for path in cache.glob(".*")] == []
+
+
 @pytest.mark.faults
 def test_a_kill_at_every_failpoint_of_preparation_ends_with_the_undisturbed_bytes(clone: Path) -> None:
     expected, passed = undisturbed(clone)

@@ -1,5 +1,6 @@
 """Training on preferences: the papers' losses in float64, what is learned, and the engine's promises for each objective."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -149,6 +150,15 @@ def test_a_later_loss_is_the_papers_for_the_adapter_of_then(
     assert abs(report.loss_last - report.loss_first) > 0.05
 
 
+def margins(report: TrainReport) -> tuple[float, float]:
+    """Of the first and of the last tenth of the steps, both measured."""
+    result = report.preference
+    assert result is not None
+    assert result.margin_first is not None
+    assert result.margin_last is not None
+    return result.margin_first, result.margin_last
+
+
 def _order(rows: Rows, step: int) -> Rows:
     """The rows in the order in which the seeded sampler gives them at a step of one batch."""
     import torch
@@ -168,7 +178,8 @@ def test_an_objective_lowers_its_loss_and_prefers_what_was_preferred(objective: 
     assert report.steps == 12
     assert report.loss_last < 0.9 * report.loss_first
     assert report.loss_decreased
-    assert result.margin_last > result.margin_first + 0.05
+    first, last = margins(report)
+    assert last > first + 0.05
     assert result.reference == (None if objective == "orpo" else "base")
     if objective == "kto":
         assert (result.accuracy_first, result.accuracy_last) == (None, None)
@@ -259,9 +270,7 @@ def test_accumulation_of_uneven_batches_gives_every_example_the_same_weight(
     _, more = train("more", batch_size=7, accumulation=4, **own)  # 7 + 7 + 7 + 3
 
     assert more.loss_last == pytest.approx(one.loss_last, rel=1e-4)
-    assert one.preference is not None
-    assert more.preference is not None
-    assert more.preference.margin_last == pytest.approx(one.preference.margin_last, rel=1e-3)
+    assert margins(more)[1] == pytest.approx(margins(one)[1], rel=1e-3)
 
 
 def test_on_a_4_bit_base_the_adapter_is_trained_in_full_precision(
@@ -416,7 +425,8 @@ def test_other_losses_of_dpo_train(loss: str, train: Train) -> None:
 
     assert report.preference is not None
     assert report.preference.loss == loss
-    assert report.preference.margin_last > report.preference.margin_first
+    first, last = margins(report)
+    assert last > first
 
 
 def test_answers_with_labels_train_kto_and_nothing_else(
@@ -427,13 +437,69 @@ def test_answers_with_labels_train_kto_and_nothing_else(
 
     _, report = train(objective="kto", data=data, max_steps=12)
 
-    assert report.preference is not None
-    assert report.preference.margin_last > report.preference.margin_first + 0.05
+    first, last = margins(report)
+    assert last > first + 0.05
     with pytest.raises(DataError, match="24 of 24 rows have one only"):
         train(objective="dpo", data=data)
     alike = write_preferences(tmp_path / "alike", [{**row, "rejected_ids": []} for row in rows])
     with pytest.raises(DataError, match="nothing to prefer"):
         train(objective="kto", data=alike)
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(("pair", "wanted", "unwanted"), repeat=3)))
+def test_every_prompt_borrows_an_answer_of_another_row(kinds: tuple[str, ...]) -> None:
+    from regraft.train.preference import collate_singles
+
+    for some in (kinds, kinds[:2]):
+        batch = collate_singles(
+            [
+                {
+                    "prompt_ids": [10 * (i + 1)],
+                    "chosen_ids": [] if kind == "unwanted" else [10 * (i + 1) + 1],
+                    "rejected_ids": [] if kind == "wanted" else [10 * (i + 1) + 2],
+                }
+                for i, kind in enumerate(some)
+            ],
+            0,
+        )
+
+        answers = sum(2 if kind == "pair" else 1 for kind in some)
+        assert batch["examples"] == answers == len(batch["KL_input_ids"])
+        own, borrowed = batch["input_ids"].tolist(), batch["KL_input_ids"].tolist()
+        assert [prompt for prompt, _ in own] == [prompt for prompt, _ in borrowed]
+        assert all(prompt // 10 != answer // 10 for prompt, answer in borrowed)
+
+
+def test_a_batch_of_one_row_has_only_its_own_answers_to_borrow() -> None:
+    from regraft.train.preference import collate_singles
+
+    batch = collate_singles([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}], 0)
+
+    assert batch["KL_input_ids"].tolist() == [[1, 3], [1, 2]]
+
+
+def test_the_margin_of_single_answers_is_that_of_the_batches_with_both_kinds(
+    train: Train, rows: Rows, tmp_path: Path, write_preferences: Write
+) -> None:
+    order: Any = _order(range(len(rows)), 1)  # type: ignore[arg-type]
+    unwanted = {order[4], order[23]}  # in the third and the last of 12 batches
+    singles = [{**row, ("chosen_ids" if i in unwanted else "rejected_ids"): []} for i, row in enumerate(rows)]
+    data = write_preferences(tmp_path / "singles", singles)
+    own = {"objective": "kto", "data": data, "max_steps": 12, "batch_size": 2, "accumulation": 1}
+
+    def lines(out: Path) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    out, report = train("each", **own, logging_every=1)
+    found = {line["step"]: line["reward_margin"] for line in lines(out) if "reward_margin" in line}
+
+    assert list(found) == [3, 12]
+    assert found[12] != found[3] != 0
+    assert report.preference is not None
+    assert (report.preference.margin_first, report.preference.margin_last) == (None, found[12])
+    (tmp_path / "kto-checkpoints").rename(tmp_path / "kept")
+    (line,) = lines(train("all", **own, logging_every=12)[0])
+    assert line["reward_margin"] == pytest.approx((found[3] + found[12]) / 2, rel=1e-9)
 
 
 def test_data_without_preferences_is_named(train: Train, dataset: Path) -> None:
