@@ -12,14 +12,19 @@ not by size (https://docs.ray.io/en/latest/ray-core/tasks.html).
 import gc
 import logging
 import os
+import platform
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from regraft.artifacts import digest_json
 from regraft.errors import MissingInput, RegraftError, ServiceUnavailable
+from regraft.model.pin import TOKENIZER_FILES, digest_files
 from regraft.preprocess.params import PreprocessParams
+from regraft.preprocess.shards import LIBRARIES, code_digest
 
 if TYPE_CHECKING:
     from regraft.model.load import Base
@@ -62,7 +67,10 @@ class ClusterPool:
             finally:
                 if signal.getsignal(signal.SIGTERM) is not handler:
                     signal.signal(signal.SIGTERM, handler)  # Ray takes it; a stage has its own way to end
-        self._given = ray.put((params, replace(base, folder=base.folder.absolute())))
+        here = replace(
+            base, folder=base.folder.absolute(), extended=base.extended.absolute() if base.extended else None
+        )
+        self._given = ray.put((params, here, _made_of(here)))
         self._task = ray.remote(num_cpus=1, max_retries=_TRIES)(_run)
 
     def submit(self, do: Callable[..., None], /, *arguments: Any) -> "ClusterFuture":
@@ -105,12 +113,27 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
 
 
-def _run(given: tuple[PreprocessParams, "Base"], do: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _made_of(base: "Base") -> dict[str, str]:
+    """What decides a shard's bytes besides rows and parameters: the code, the libraries, the tokenizer's files."""
+    found = {name: version(name) for name in LIBRARIES}
+    tokenizer = digest_json(digest_files(base.tokenizer, TOKENIZER_FILES))
+    return {"regraft": code_digest(), "python": platform.python_version(), **found, "tokenizer": tokenizer}
+
+
+def _run(
+    given: tuple[PreprocessParams, "Base", dict[str, str]], do: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     """In a process of the cluster: make ready what is asked for again and again, then do it."""
     from regraft.preprocess import work
 
-    params, base = given
-    if _state.get("given") != (params, base):
+    params, base, wanted = given
+    if _state.get("given") != given:
+        found = _made_of(base)
+        if other := [name for name in wanted if found.get(name) != wanted[name]]:
+            raise RegraftError(
+                f"node {platform.node()} would make other bytes: it has other {', '.join(other)} than the machine that asks",
+                fix="install the same requirements.lock and the same clone on every node",
+            )
         _state["given"] = given
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         gc.set_threshold(200_000, 50, 100)  # rows hold no cycles to look for

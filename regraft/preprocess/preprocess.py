@@ -30,7 +30,7 @@ from regraft.preprocess.preferences import HOLDOUT_PAIRS, PAIRS
 from regraft.preprocess.replay import thin
 from regraft.preprocess.report import Counts, PreferenceCounts, PreprocessReport
 from regraft.preprocess.shard import HOLDOUT, PART, TRAIN, TRAIN_ROWS, Part
-from regraft.preprocess.shards import Cache, Shard, code_digest, cut, put
+from regraft.preprocess.shards import LIBRARIES, Cache, Shard, code_digest, cut, put
 from regraft.preprocess.twins import drop_twins
 from regraft.preprocess.work import Workers
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("regraft.preprocess")
 
 ROWS = "rows.parquet"
-_LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 
 
 def preprocess(
@@ -263,7 +262,7 @@ def _check_context(tokenizer: Any, params: PreprocessParams, name: str) -> None:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in _LIBRARIES}
+    return {name: version(name) for name in LIBRARIES}
 
 
 def _dropped_share(counts: Counts) -> float:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 log = logging.getLogger("regraft.preprocess")
+LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
+"""What decides a prepared shard's bytes besides our code."""
 
 _LEAST, _MOST = 8_192, 16_384  # rows of a shard that its content ends
 _LEAST_OF_SOURCE = 1_024  # rows from which the end of a source ends a shard

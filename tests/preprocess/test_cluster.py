@@ -12,7 +12,7 @@ import pytest
 
 from regraft.errors import DataError, MissingInput, RegraftError, ServiceUnavailable
 from regraft.model.load import open_base
-from regraft.preprocess import shards, work
+from regraft.preprocess import cluster, shards, work
 from regraft.preprocess.cluster import ADDRESS, ClusterPool
 from regraft.preprocess.params import HoldoutParams, PreprocessParams
 from regraft.preprocess.preprocess import preprocess
@@ -31,10 +31,10 @@ def address() -> Iterator[str]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        cluster.add_node(num_cpus=1)
-        yield cluster.address
-        cluster.shutdown()
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        nodes.add_node(num_cpus=1)
+        yield nodes.address
+        nodes.shutdown()
     if before is None:
         del os.environ["PYTHONPATH"]
     else:
@@ -106,6 +106,20 @@ def test_a_shard_whose_process_dies_is_done_again_and_an_error_there_is_an_error
     finally:
         pool.shutdown()
     assert (tmp_path / "mark.done").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_node_that_would_make_other_bytes_is_refused(
+    address: str, tokenizer_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cluster._made_of
+    monkeypatch.setattr(cluster, "_made_of", lambda base: {**made(base), "tokenizers": "0.1", "regraft": "older"})
+    pool = ClusterPool(address, PARAMS, open_base(tokenizer_base, weights=False))
+    try:
+        with pytest.raises(RegraftError, match="it has other regraft, tokenizers than the machine that asks"):
+            pool.submit(print).result()
+    finally:
+        pool.shutdown()
 
 
 def test_without_ray_or_without_a_cluster_it_says_so(tokenizer_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
