@@ -15,12 +15,16 @@ from regraft.artifacts import digest_file, read_json
 from regraft.errors import GateRefused, MissingInput, ParamsError
 from regraft.forget import Forgetting, Seen
 from regraft.forget import forget as forget_rows
+from regraft.gates.run import Champion
+from regraft.gates.verdict import Check, Verdict, decide
 from regraft.layout import Layout
 from regraft.register import lookup, registry
+from regraft.register.clean import list_of_stages
 from regraft.register.promote import promote, rollback
 from regraft.register.service import Service
 from regraft.register.version import FORGET_TAG, Version
 from regraft.settings import Settings
+from regraft.steps import judge_and_save
 from regraft.validate.forgotten import FORGET
 from regraft.validate.params import DataParams
 from regraft.validate.validate import validate
@@ -261,6 +265,76 @@ def test_a_tagged_version_is_neither_promoted_nor_gone_back_to(clone: Path) -> N
     Service.of(clones.PARAMS, layout).ask("set_model_version_tag", "regraft", "1", FORGET_TAG, "{}")
     with pytest.raises(GateRefused, match="was trained on rows that are to be forgotten"):
         rollback(clones.PARAMS, layout)
+
+
+def now_without_it(root: Path, adapter: str, made_with: str | None, *, parent: str | None = None) -> Version:
+    """Register a version that was made while `data.forget` was `made_with`, and leave `params.yaml` as it is."""
+    present = (root / "params.yaml").read_bytes()
+    layout = clones.make(root, adapter=adapter, rows=7)
+    if made_with is not None:
+        (root / "params.yaml").write_text(f"data:\n  forget: {made_with}\n")
+    resolved = {"train": {"parent_digest": parent}, "data": {"forget": made_with}}
+    version = registry.register(clones.PARAMS, layout=layout, resolved=resolved)
+    (root / "params.yaml").write_bytes(present)
+    return version
+
+
+def test_a_version_that_is_registered_later_is_promoted_only_without_what_is_forgotten(clone: Path) -> None:
+    layout = Layout(clone)
+    first = trained(clone, "one", 20, learnt=range(20))
+    digest = forget(clone, "parcel number 5$").digest
+    child = now_without_it(clone, "child", digest, parent=first.adapter_digest)
+    grandchild = now_without_it(clone, "grandchild", digest, parent=child.adapter_digest)
+    for each in (child, grandchild):
+        with pytest.raises(GateRefused, match=r"went on from version 1.*\n  next: `regraft parent --none`"):
+            promote(clones.PARAMS, layout, each.number)
+    late = now_without_it(clone, "late", None)
+    with pytest.raises(GateRefused, match=r"made with no list of rows to be forgotten, and data\.forget names"):
+        promote(clones.PARAMS, layout, late.number)
+    old = now_without_it(clone, "old", "0" * 64)
+    with pytest.raises(GateRefused, match="made with the list 0000"):
+        promote(clones.PARAMS, layout, old.number)
+    clean = now_without_it(clone, "clean", digest)
+    assert promote(clones.PARAMS, layout, clean.number).changed
+
+
+def test_a_version_that_comes_out_the_same_with_a_longer_list_is_promoted(clone: Path) -> None:
+    layout = Layout(clone)
+    trained(clone, "one", 20, learnt=range(20))
+    digest = forget(clone, "parcel number 5$").digest
+    late = now_without_it(clone, "late", None)
+    again = now_without_it(clone, "late", digest)
+    assert again.number == late.number
+    assert promote(clones.PARAMS, layout, late.number).changed
+
+
+def test_the_list_that_counts_is_the_one_that_validate_ran_with(clone: Path) -> None:
+    (clone / "params.yaml").write_text("data:\n  forget: new\n")
+    assert list_of_stages(Layout(clone)) == "new"
+    for params, ran_with in (("data: {forget: old}", "old"), ("data.forget: old", "old"), ("data: {id: id}", None)):
+        (clone / "dvc.lock").write_text("stages: {validate: {params: {params.yaml: {" + params + "}}}}")
+        assert list_of_stages(Layout(clone)) == ran_with
+
+
+def test_the_gate_is_lowered_only_for_a_challenger_that_is_clean(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(clone)
+    first = trained(clone, "one", 20, learnt=range(20))
+    promote(clones.PARAMS, layout, "1")
+    loaded = of(clone)  # as a retraining that was under way had read it
+    forget(clone, "parcel number 5$")
+    evidence = Champion(first.adapter_digest, clone, None)
+    given: list[bool] = []
+
+    def judge(_: object, __: object, champion: Champion) -> Verdict:
+        given.append(champion.forgets)
+        return decide("run", [Check(name="any", passed=False, detail="no")], {})
+
+    monkeypatch.setattr("regraft.gates.run.champion_evidence", lambda *_, **__: evidence)
+    monkeypatch.setattr("regraft.gates.run.judge_run", judge)
+    train = loaded.train.model_copy(update={"parent": "x", "parent_digest": first.adapter_digest})
+    for each in (of(clone), of(clone).model_copy(update={"train": train}), loaded):
+        judge_and_save(layout, each)
+    assert given == [True, False, False]
 
 
 def test_a_dry_run_changes_nothing(clone: Path) -> None:
