@@ -207,7 +207,7 @@ class _InRaw:
     ids: set[str] = field(default_factory=set)
     """Their row_ids."""
     left_out: str | None = None
-    """sha256 of the present list, where all of them are on it: a version made with that list has none of them."""
+    """sha256 of the present list, where all of them are on it: a version made from these files with that list has none of them."""
 
 
 def _in_raw(layout: Layout, settings: Settings, search: _Search, listed: Forgotten) -> _InRaw:
@@ -271,14 +271,14 @@ def _look(
     elif rows:
         return Seen(version.number, "data" if ids else "no", len(ids), version.aliases), contents
     left_out = lineage.get("params", {}).get("data", {}).get("forget")
-    if left_out is not None and left_out == now.left_out:
-        return Seen(version.number, "no", 0, version.aliases), contents
     raw = {entry.get("sha256") for entry in lineage.get("data", {}).get("raw", {}).values()}
+    whole = bool(raw) and raw <= set(now.digests)  # else what is there now says nothing of the rest
+    if whole and left_out is not None and left_out == now.left_out:
+        return Seen(version.number, "no", 0, version.aliases), contents
     count = sum(now.digests.get(digest, 0) for digest in raw)
     if count:
         return Seen(version.number, "file", count, version.aliases), contents
-    how: How = "no" if raw and raw <= set(now.digests) else "unknown"
-    return Seen(version.number, how, 0, version.aliases), contents
+    return Seen(version.number, "no" if whole else "unknown", 0, version.aliases), contents
 
 
 def _said(messages: Sequence[dict[str, Any]]) -> Iterator[str]:

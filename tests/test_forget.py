@@ -13,7 +13,7 @@ import pytest
 from regraft import settings
 from regraft.artifacts import digest_file, read_json
 from regraft.errors import GateRefused, MissingInput, ParamsError
-from regraft.forget import Forgetting, Seen
+from regraft.forget import Forgetting, Seen, _InRaw, _look, _Search
 from regraft.forget import forget as forget_rows
 from regraft.gates.run import Champion
 from regraft.gates.verdict import Check, Verdict, decide
@@ -25,7 +25,7 @@ from regraft.register.service import Service
 from regraft.register.version import FORGET_TAG, Version
 from regraft.settings import Settings
 from regraft.steps import judge_and_save
-from regraft.validate.forgotten import FORGET
+from regraft.validate.forgotten import FORGET, fresh
 from regraft.validate.params import DataParams
 from regraft.validate.validate import validate
 
@@ -124,7 +124,6 @@ def test_an_answer_that_was_not_preferred_is_looked_at_too(clone: Path) -> None:
 
 
 def test_a_pair_goes_when_either_answer_was_forgotten(tmp_path: Path) -> None:
-    from regraft.validate.forgotten import fresh
     from regraft.validate.params import ValidateParams
 
     raw = tmp_path / RAW
@@ -215,6 +214,22 @@ def test_a_version_of_which_only_the_raw_files_are_known_is_judged_by_them(clone
     assert forget(clone, "parcel number 7$").versions == [Seen(1, "file", 1, ("challenger",))]
     (clone / RAW).write_text((clone / RAW).read_text().splitlines()[7] + "\n")
     assert forget(clone, "parcel number 7$", dry_run=True).versions[0].how == "unknown"
+
+
+def test_a_list_says_nothing_of_raw_files_that_are_gone(clone: Path) -> None:
+    digest = "a" * 64
+    version = Version("regraft", 1, "", "", "", 0)
+    raw = {name: {"sha256": name} for name in ("here", "gone")}
+    known = {"params": {"data": {"forget": digest}}, "data": {"raw": raw}}
+
+    def how(**digests: int) -> str:
+        now = _InRaw(digests=digests, left_out=digest)
+        return _look(Layout(clone), None, version, known, _Search("x", frozenset()), fresh(), now)[0].how
+
+    assert how() == "unknown"
+    assert how(here=0) == "unknown"
+    assert how(here=1) == "file"
+    assert how(here=1, gone=0) == "no"
 
 
 def test_a_version_that_went_on_from_a_tainted_one_is_tagged_too(clone: Path) -> None:
