@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from regraft.artifacts import canonical_json, digest_file, read_json
-from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError
+from regraft.artifacts import canonical_json, digest_file, hold, read_json
+from regraft.errors import DamagedArtifact, MissingInput, ParamsError, PinMismatch, RegraftError
 from regraft.failpoints import failpoint
 from regraft.layout import Layout
 from regraft.messages import leaves
 from regraft.parent import write_values
+from regraft.register.clean import present_list
 from regraft.register.lookup import versions
 from regraft.register.service import Service
 from regraft.register.version import CHAMPION, FORGET_TAG, Version
@@ -126,13 +127,20 @@ def forget(
     Raises:
         ParamsError: neither is given, the expression is none, or `params.yaml` has no line `forget`.
         MissingInput: nothing matches, neither in data/raw/ nor in what versions were made from.
+        PinMismatch: the list is not the one that `params.yaml` names, or it names none.
+        Busy: another process of this clone is at it.
         ServiceUnavailable: the registry does not answer; the same command can be repeated.
     """
     if match is None and not ids:
         raise ParamsError("nothing to forget was named", fix="`regraft data forget --match PATTERN`, or `--id ID`")
     search = _Search(match, frozenset(ids))
-    before = load(layout.root / FORGET, settings.data.forget, grown=True)
-    listed = before or fresh()
+    with hold(layout.lock("forget"), "`regraft data forget`"):
+        data = settings.data.model_copy(update={"forget": present_list(layout)})  # another one may have ended since
+        return _forget(layout, settings.model_copy(update={"data": data}), search, ids, dry_run=dry_run)
+
+
+def _forget(layout: Layout, settings: Settings, search: "_Search", ids: Sequence[str], *, dry_run: bool) -> Forgetting:
+    listed = _listed(layout, settings.data.forget)
     now = _in_raw(layout, settings, search, listed)
     known = [each for each in versions(settings.register_, layout) if each.complete]
     cache = _cache(layout)
@@ -174,6 +182,17 @@ def forget(
         done=not dry_run,
         files=sorted(now.files),
     )
+
+
+def _listed(layout: Layout, digest: str | None) -> Forgotten:
+    """Return the list to go on with; a fresh one only where there is none."""
+    path = layout.root / FORGET
+    if digest is None and path.exists():
+        raise PinMismatch(
+            f"{FORGET} is there and data.forget in params.yaml is null: its list would be lost",
+            fix=f"to go on with it, set data.forget to {digest_file(path)} in params.yaml; to begin anew, move it away",
+        )
+    return load(path, digest, grown=True) or fresh()
 
 
 class _Search:

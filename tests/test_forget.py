@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from regraft import settings
-from regraft.artifacts import digest_file, read_json
-from regraft.errors import GateRefused, MissingInput, ParamsError
+from regraft.artifacts import digest_file, hold, read_json
+from regraft.errors import Busy, GateRefused, MissingInput, ParamsError, PinMismatch
 from regraft.forget import Forgetting, Seen, _InRaw, _look, _Search
 from regraft.forget import forget as forget_rows
 from regraft.gates.run import Champion
@@ -417,6 +417,29 @@ def test_killed_in_between_the_same_command_finishes_the_same_list(
     assert found.digest == digest_file(clone / FORGET) == of(clone).data.forget
     assert len((clone / FORGET).read_text().splitlines()) == 3
     assert tags(clone)[1] is not None
+
+
+def test_of_two_at_once_the_second_is_told_to_wait_and_goes_on_with_the_list_of_the_first(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    loaded = of(clone)  # by the second one, before the first one ended
+    with hold(Layout(clone).lock("forget"), "it"), pytest.raises(Busy, match="data forget"):
+        forget_rows(Layout(clone), loaded, match="parcel number 5$")
+    first = (clone / FORGET).read_text() if forget(clone, "parcel number 9$").done else ""
+    found = forget_rows(Layout(clone), loaded, match="parcel number 5$")
+    assert (clone / FORGET).read_text().startswith(first)
+    assert found.digest == digest_file(clone / FORGET) == of(clone).data.forget
+
+
+def test_a_list_that_no_parameter_names_is_not_written_over(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    digest = forget(clone, "parcel number 9$").digest
+    text = (clone / "params.yaml").read_text()
+    (clone / "params.yaml").write_text(text.replace(str(digest), "null"))
+    with pytest.raises(PinMismatch, match=f"would be lost\n  next: to go on with it, set data.forget to {digest}"):
+        forget(clone, "parcel number 5$")
+    assert digest_file(clone / FORGET) == digest
+    (clone / "params.yaml").write_text(text)
+    assert forget(clone, "parcel number 5$").contents
 
 
 def test_a_manifest_names_the_outputs_that_a_version_had(clone: Path) -> None:
