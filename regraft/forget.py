@@ -251,7 +251,7 @@ def _in_raw(layout: Layout, settings: Settings, search: _Search, listed: Forgott
             found.rows += 1
             if len(found.places) < _PLACES:
                 found.places.append(f"{file.name}:{raw.line}")
-            found.contents.add(listed.of_content(row.messages))
+            found.contents.update(listed.contents_of(row.messages, row.rejected))
             found.ids.add(row_digests(row)[0] if not row.reasons else "")
         if found.rows > before:
             found.files[file.name] = found.rows - before
@@ -282,7 +282,7 @@ def _look(
             said = "\n".join((*_said(each["messages"]), *other, *(value for _, value in each["slices"] or ())))
             if search.finds(said, each["id"]):
                 ids.add(each["row_id"])
-                contents.add(listed.of_content(each["messages"]))
+                contents.update(listed.contents_of(each["messages"], each.get("rejected")))
     if trained:
         count = sum(_count(path, ids) for path in trained)
         if count or rows:

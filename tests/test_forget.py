@@ -25,7 +25,7 @@ from regraft.register.service import Service
 from regraft.register.version import FORGET_TAG, Version
 from regraft.settings import Settings
 from regraft.steps import judge_and_save
-from regraft.validate.forgotten import FORGET, fresh
+from regraft.validate.forgotten import FORGET, fresh, load
 from regraft.validate.params import DataParams
 from regraft.validate.validate import validate
 
@@ -121,6 +121,31 @@ def test_an_answer_that_was_not_preferred_is_looked_at_too(clone: Path) -> None:
     done = forget(clone, "jane", dry_run=True)
 
     assert (done.rows, done.versions) == (0, [Seen(version.number, "rows", 1, ("challenger",))])
+
+    forget(clone, "jane")
+    listed = load(clone / FORGET, of(clone).data.forget)
+    assert listed is not None
+    asked = {"role": "user", "content": "where is my parcel number 1"}
+    assert listed.holds([asked, {"role": "assistant", "content": "call Jane"}], None)
+    assert listed.holds([asked, {"role": "assistant", "content": "It is on its way."}], None)
+    assert not listed.holds([asked, {"role": "assistant", "content": "no"}], None)
+
+
+def test_a_pair_of_which_an_answer_is_named_comes_back_with_neither_answer(clone: Path) -> None:
+    trained(clone, "a", 4, learnt=range(4))
+    pairs = [{"prompt": f"ask {i}", "chosen": f"yes {i}", "rejected": f"no {i}", "id": f"{i}"} for i in range(3)]
+    (clone / RAW).write_text("".join(json.dumps(each) + "\n" for each in pairs))
+    loaded = of(clone)
+    as_pairs = loaded.data.model_copy(update={"layout": "preference"})
+    params = loaded.validate_.model_copy(update={"labels": None, "answers_are_json": False})
+    changed = {"data": as_pairs, "validate_": params}
+    found = forget_rows(Layout(clone), loaded.model_copy(update=changed), match="^no 1$")
+    assert found.places == [f"{RAW}:2"]
+    listed = load(clone / FORGET, found.digest)
+    assert listed is not None
+    for answer, held in (("yes 1", True), ("no 1", True), ("no 2", False)):
+        turns = [{"role": "user", "content": f"ask {answer[-1]}"}, {"role": "assistant", "content": answer}]
+        assert listed.holds(turns, None) is held
 
 
 def test_a_pair_goes_when_either_answer_was_forgotten(tmp_path: Path) -> None:

@@ -35,11 +35,22 @@ class Forgotten:
         """Kind and hash of each entry."""
         return frozenset(self.lines)
 
-    def holds(self, messages: Sequence[Mapping[str, str]] | None, identity: str | None) -> bool:
-        """Say whether a row is on the list, by its content or its id."""
+    def holds(
+        self, messages: Sequence[Mapping[str, str]] | None, identity: str | None, rejected: str | None = None
+    ) -> bool:
+        """Say whether a row is on the list, by its content (of a pair: with either answer) or its id."""
         if identity is not None and ("id", self.of_id(identity)) in self.entries:
             return True
-        return messages is not None and ("content", self.of_content(messages)) in self.entries
+        return messages is not None and any(
+            ("content", each) in self.entries for each in self.contents_of(messages, rejected)
+        )
+
+    def contents_of(self, messages: Sequence[Mapping[str, str]], rejected: str | None = None) -> list[str]:
+        """Return the hashes of a row's content: of a pair two, since either answer may come back by itself."""
+        found = [self.of_content(messages)]
+        if rejected is not None:
+            found.append(self.of_content([*messages[:-1], {"role": "assistant", "content": rejected}]))
+        return found
 
     def of_content(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the hash of a row's content."""

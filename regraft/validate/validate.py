@@ -343,13 +343,7 @@ def _check_slices(params: ValidateParams, data: DataParams) -> None:
 
 def _is_forgotten(forgotten: Forgotten, raw: RawRow, row: Row | None, data: DataParams) -> bool:
     identity = _id_of(raw, row, data)
-    if row is None or row.rejected is None:
-        return forgotten.holds(None if row is None else row.messages, identity)
-    other = [
-        *row.messages[:-1],
-        {"role": "assistant", "content": row.rejected},
-    ]  # forgotten as a conversation of its own
-    return forgotten.holds(row.messages, identity) or forgotten.holds(other, identity)
+    return forgotten.holds(None, identity) if row is None else forgotten.holds(row.messages, identity, row.rejected)
 
 
 def _id_of(raw: RawRow, row: Row | None, data: DataParams) -> str | None:
