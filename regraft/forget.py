@@ -30,7 +30,7 @@ from regraft.register.lookup import versions
 from regraft.register.service import Service
 from regraft.register.version import CHAMPION, FORGET_TAG, Version
 from regraft.settings import Settings
-from regraft.validate.forgotten import FORGET, Forgotten, fresh, load
+from regraft.validate.forgotten import FORGET, Forgotten, Kind, fresh, load, shape_of
 
 log = logging.getLogger("regraft.forget")
 How = Literal["rows", "data", "file", "parent", "unknown", "no"]
@@ -140,12 +140,13 @@ def forget(
 
 
 def _forget(layout: Layout, settings: Settings, search: "_Search", ids: Sequence[str], *, dry_run: bool) -> Forgetting:
-    listed = _listed(layout, settings.data.forget)
+    shape = shape_of(settings.data)
+    listed = _listed(layout, settings.data.forget, shape)
     now = _in_raw(layout, settings, search, listed)
     known = [each for each in versions(settings.register_, layout) if each.complete]
     cache = _cache(layout)
     found: list[Seen] = []
-    contents = set(now.contents)
+    contents = now.contents | now.names
     tainted: set[str] = set()
     for version in known:
         lineage = _lineage(version)
@@ -157,8 +158,8 @@ def _forget(layout: Layout, settings: Settings, search: "_Search", ids: Sequence
         if seen.affected or FORGET_TAG in version.tags:
             tainted.add(version.adapter_digest)
         found.append(seen)
-    new: set[tuple[Any, str]] = {("content", each) for each in contents} | {("id", listed.of_id(each)) for each in ids}
-    new -= listed.entries
+    new: set[tuple[Kind, str]] = contents | {("id", listed.of_id(each)) for each in ids}
+    new = {each for each in new if each not in listed.entries}
     if not contents and not (new or any(each.affected for each in found)):
         raise MissingInput(
             "no row matches, neither in data/raw/ nor in what the versions were made from",
@@ -166,7 +167,7 @@ def _forget(layout: Layout, settings: Settings, search: "_Search", ids: Sequence
         )
     digest = settings.data.forget
     if not dry_run:
-        digest = listed.adding(new).save(layout.root / FORGET)
+        digest = listed.adding(new, shape).save(layout.root / FORGET)
         failpoint("forget.listed")
         if digest != settings.data.forget:
             write_values(layout.params, "data", {"forget": digest})
@@ -184,7 +185,7 @@ def _forget(layout: Layout, settings: Settings, search: "_Search", ids: Sequence
     )
 
 
-def _listed(layout: Layout, digest: str | None) -> Forgotten:
+def _listed(layout: Layout, digest: str | None, shape: str) -> Forgotten:
     """Return the list to go on with; a fresh one only where there is none."""
     path = layout.root / FORGET
     if digest is None and path.exists():
@@ -192,7 +193,7 @@ def _listed(layout: Layout, digest: str | None) -> Forgotten:
             f"{FORGET} is there and data.forget in params.yaml is null: its list would be lost",
             fix=f"to go on with it, set data.forget to {digest_file(path)} in params.yaml; to begin anew, move it away",
         )
-    return load(path, digest, grown=True) or fresh()
+    return load(path, digest, grown=True) or fresh(shape)
 
 
 class _Search:
@@ -219,7 +220,9 @@ class _InRaw:
 
     rows: int = 0
     places: list[str] = field(default_factory=list)
-    contents: set[str] = field(default_factory=set)
+    contents: set[tuple[Kind, str]] = field(default_factory=set)
+    names: set[tuple[Kind, str]] = field(default_factory=set)
+    """Their own names: they are known by them when they are read in another way."""
     files: dict[str, int] = field(default_factory=dict)
     digests: dict[str, int] = field(default_factory=dict)
     """sha256 of each file that is there, with how many rows of it are meant."""
@@ -251,12 +254,14 @@ def _in_raw(layout: Layout, settings: Settings, search: _Search, listed: Forgott
             found.rows += 1
             if len(found.places) < _PLACES:
                 found.places.append(f"{file.name}:{raw.line}")
-            found.contents.update(listed.contents_of(row.messages, row.rejected))
+            found.contents.update(("content", each) for each in listed.contents_of(row.messages, row.rejected))
+            if row.id is not None:
+                found.names.add(("id", listed.of_id(row.id)))
             found.ids.add(row_digests(row)[0] if not row.reasons else "")
         if found.rows > before:
             found.files[file.name] = found.rows - before
         found.digests[opened.digest] = found.rows - before
-    if found.contents <= {value for _, value in listed.entries}:
+    if found.contents <= listed.entries:
         found.left_out = settings.data.forget
     return found
 
@@ -269,11 +274,11 @@ def _look(
     search: _Search,
     listed: Forgotten,
     now: _InRaw,
-) -> tuple[Seen, set[str]]:
-    """Say whether a version was trained on what is looked for; return with it the contents that were in its data."""
+) -> tuple[Seen, set[tuple[Kind, str]]]:
+    """Say whether a version was trained on what is looked for; return with it what is listed of those that were in its data."""
     rows = _outputs(layout, cache, lineage, "validate", "rows.parquet")
     trained = _outputs(layout, cache, lineage, "preprocess", "train_rows-")
-    contents: set[str] = set()
+    contents: set[tuple[Kind, str]] = set()
     ids = now.ids - {""}
     if rows:
         ids = set()
@@ -282,7 +287,10 @@ def _look(
             said = "\n".join((*_said(each["messages"]), *other, *(value for _, value in each["slices"] or ())))
             if search.finds(said, each["id"]):
                 ids.add(each["row_id"])
-                contents.update(listed.contents_of(each["messages"], each.get("rejected")))
+                said_in = listed.contents_of(each["messages"], each.get("rejected"))
+                contents.update(("content", one) for one in said_in)
+                if each["id"] is not None:
+                    contents.add(("id", listed.of_id(each["id"])))
     if trained:
         count = sum(_count(path, ids) for path in trained)
         if count or rows:

@@ -61,11 +61,12 @@ def trained(
     rejected: list[str] | None = None,
 ) -> Version:
     """Register a version that was made from `rows` rows and trained on those of `learnt`."""
+    named = digest_file(root / FORGET) if (root / FORGET).is_file() else "null"
     layout = clones.make(root, adapter=adapter, rows=rows)
     if rejected is not None:
         file = layout.stage("validate") / "rows.parquet"
         pq.write_table(pq.read_table(file).append_column("rejected", pa.array(rejected, pa.string())), file)
-    (root / "params.yaml").write_text("data:\n  forget: null   # nothing yet\n  id: id\ntrain:\n  rank: 4\n")
+    (root / "params.yaml").write_text(f"data:\n  forget: {named}   # nothing yet\n  id: id\ntrain:\n  rank: 4\n")
     made = pq.read_table(layout.stage("validate") / "rows.parquet").to_pylist()
     raw = root / RAW
     raw.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ def tags(root: Path) -> dict[int, str | None]:
 def test_rows_that_match_are_listed_and_the_version_that_learnt_them_is_tagged(clone: Path) -> None:
     trained(clone, "one", 20, learnt=range(3, 20))
     found = forget(clone, "PARCEL number (4|5)$")
-    assert (found.rows, found.places, found.contents) == (2, [f"{RAW}:5", f"{RAW}:6"], 2)
+    assert (found.rows, found.places, found.contents) == (2, [f"{RAW}:5", f"{RAW}:6"], 4)  # by content and by id
     assert found.versions == [Seen(1, "rows", 2, ("challenger",))]
     assert found.digest == digest_file(clone / FORGET)
     params = (clone / "params.yaml").read_text()
@@ -191,7 +192,7 @@ def test_a_row_of_the_holdout_or_of_another_version_does_not_taint(clone: Path) 
     trained(clone, "one", 20, learnt=range(3, 20))
     found = forget(clone, "parcel number 2$")
     assert found.versions == [Seen(1, "no", 0, ("challenger",))]
-    assert found.contents == 1
+    assert found.contents == 2
     assert tags(clone) == {1: None}
 
 
@@ -220,7 +221,7 @@ def test_what_is_not_in_the_clone_any_more_is_found_in_dvcs_cache(clone: Path) -
     trained(clone, "third", 10, learnt=range(10))  # its rows are what is in the clone now
     found = forget(clone, "parcel number (1|25)$")
     assert found.places == [f"{RAW}:2"]
-    assert found.contents == 2
+    assert found.contents == 4
     assert [(each.number, each.how, each.rows) for each in found.versions] == [
         (1, "unknown", 0),
         (2, "rows", 1),
@@ -381,7 +382,7 @@ def test_a_dry_run_changes_nothing(clone: Path) -> None:
     trained(clone, "one", 20, learnt=range(20))
     before = (clone / "params.yaml").read_bytes()
     found = forget(clone, "parcel number 5$", dry_run=True)
-    assert (found.rows, found.contents, found.done) == (1, 1, False)
+    assert (found.rows, found.contents, found.done) == (1, 2, False)
     assert (clone / "params.yaml").read_bytes() == before
     assert not (clone / FORGET).exists()
     assert tags(clone) == {1: None}
@@ -440,7 +441,7 @@ def test_killed_in_between_the_same_command_finishes_the_same_list(
     monkeypatch.delenv("REGRAFT_FAILPOINT")
     found = forget(clone, "parcel number 5$")
     assert found.digest == digest_file(clone / FORGET) == of(clone).data.forget
-    assert len((clone / FORGET).read_text().splitlines()) == 3
+    assert len((clone / FORGET).read_text().splitlines()) == 5
     assert tags(clone)[1] is not None
 
 
@@ -471,3 +472,42 @@ def test_a_manifest_names_the_outputs_that_a_version_had(clone: Path) -> None:
     version = trained(clone, "one", 5, learnt=range(5))
     lineage = read_json(Path(version.source) / "lineage.json")
     assert lineage["data"]["stages"]["validate"] == digest_file(Layout(clone).stage("validate") / "manifest.json")
+
+
+def test_rows_that_are_read_in_another_way_are_not_let_in_again(clone: Path, tmp_path: Path) -> None:
+    trained(clone, "one", 4, learnt=range(4))
+    (clone / RAW).write_text(
+        "".join(json.dumps({"q": f"ask {i}", "a": f"yes {i}", "id": f"{i}"}) + "\n" for i in range(4))
+    )
+    loaded = of(clone)
+    params = loaded.validate_.model_copy(update={"labels": None, "answers_are_json": False})
+    expectations = params.expectations.model_copy(
+        update={"rows": params.expectations.rows.model_copy(update={"minimum": 1}), "slices": {}}
+    )
+    params = params.model_copy(update={"expectations": expectations})
+    shape = {"layout": "prompt_answer", "prompt": "{q}", "answer": "{a}"}
+
+    def reading(**shape: str) -> Settings:
+        data = of(clone).data.model_copy(update=shape)
+        return loaded.model_copy(update={"data": data, "validate_": params})
+
+    def run(**shape: str) -> int:
+        out = tmp_path / "out"
+        data = reading(**shape).data
+        return validate(params, data, raw_root=clone, out=out, docs=tmp_path / "docs").rows_forgotten
+
+    forget_rows(Layout(clone), reading(**shape), match="^ask 1$")
+    assert run(**shape) == 1
+    other = shape | {"prompt": "Q: {q}"}
+    with pytest.raises(
+        PinMismatch, match=r"were read in another way.*\n  next: take the change back; or `regraft data forget`"
+    ):
+        run(**other)
+    before = (clone / FORGET).read_text()
+    forget_rows(Layout(clone), reading(**other), match="ask 1$")
+    assert (clone / FORGET).read_text().startswith(before), "a list only grows"
+    assert run(**other) == 1
+    with pytest.raises(PinMismatch, match="were read in another way"):
+        run(**shape)
+    forget_rows(Layout(clone), reading(**shape), match="ask 1$")
+    assert run(**shape) == 1
