@@ -10,7 +10,6 @@
 The rows themselves stay in data/raw/ and in DVC's caches: where they are is told, deleting them is a person's.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -19,11 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from regraft.artifacts import canonical_json, digest_file, hold, read_json
+from regraft.artifacts import canonical_json, digest_file, hold
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError, PinMismatch, RegraftError
 from regraft.failpoints import failpoint
 from regraft.layout import Layout
 from regraft.messages import leaves
+from regraft.outputs import cache_of, outputs
 from regraft.parent import write_values
 from regraft.register.clean import present_list
 from regraft.register.lookup import versions
@@ -144,7 +144,7 @@ def _forget(layout: Layout, settings: Settings, search: "_Search", ids: Sequence
     listed = _listed(layout, settings.data.forget, shape)
     now = _in_raw(layout, settings, search, listed)
     known = [each for each in versions(settings.register_, layout) if each.complete]
-    cache = _cache(layout)
+    cache = cache_of(layout)
     found: list[Seen] = []
     contents = now.contents | now.names
     tainted: set[str] = set()
@@ -276,8 +276,8 @@ def _look(
     now: _InRaw,
 ) -> tuple[Seen, set[tuple[Kind, str]]]:
     """Say whether a version was trained on what is looked for; return with it what is listed of those that were in its data."""
-    rows = _outputs(layout, cache, lineage, "validate", "rows.parquet")
-    trained = _outputs(layout, cache, lineage, "preprocess", "train_rows-")
+    rows = outputs(layout, cache, lineage, "validate", "rows.parquet")
+    trained = outputs(layout, cache, lineage, "preprocess", "train_rows-")
     contents: set[tuple[Kind, str]] = set()
     ids = now.ids - {""}
     if rows:
@@ -342,51 +342,6 @@ def _lineage(version: Version) -> dict[str, Any]:
     except (DamagedArtifact, MissingInput) as error:
         log.warning("%s; what it was made from cannot be told", error.message)
         return {}
-
-
-def _outputs(layout: Layout, cache: Path | None, lineage: dict[str, Any], stage: str, name: str) -> list[Path]:
-    """Return the files of a stage's output as the version had it, from the clone or DVC's cache; none where they are gone."""
-    data = lineage.get("data", {})
-    wanted = (data.get("stages") or {}).get(stage)
-    here = layout.stage(stage)
-    try:
-        if wanted is not None and digest_file(here / "manifest.json") == wanted:
-            listed = read_json(here / "manifest.json")["files"]
-            files = [(here / each, entry["sha256"]) for each, entry in listed.items() if each.startswith(name)]
-            if all(digest_file(path) == digest for path, digest in files):
-                return [path for path, _ in files]
-    except (RegraftError, OSError, KeyError, TypeError):
-        pass  # not here, or another one: looked for in the cache
-    outs = ((lineage.get("dvc", {}).get("stages") or {}).get(stage) or {}).get("outs", {})
-    folder = outs.get(f"data/work/{stage}")
-    if cache is None or not folder:
-        return []
-    try:
-        listed = json.loads((cache / folder[:2] / folder[2:]).read_bytes())
-        paths = [(cache / e["md5"][:2] / e["md5"][2:], e["md5"]) for e in listed if e["relpath"].startswith(name)]
-        return [path for path, _ in paths] if all(_md5(path) == md5 for path, md5 in paths) else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _cache(layout: Layout) -> Path | None:
-    """Return the folder of DVC's local cache; None where the clone has no DVC."""
-    if not (layout.root / ".dvc").is_dir():
-        return None
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(layout.root)) as repo:
-            return Path(repo.cache.local.path)
-    except DvcException as error:
-        log.warning("DVC's cache cannot be read: %s", error)
-        return None
 
 
 def _tag(
