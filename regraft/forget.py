@@ -10,7 +10,6 @@
 The rows themselves stay in data/raw/ and in DVC's caches: where they are is told, deleting them is a person's.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -19,17 +18,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from regraft.artifacts import canonical_json, digest_file, read_json
-from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError
+from regraft.artifacts import canonical_json, digest_file, hold
+from regraft.errors import DamagedArtifact, MissingInput, ParamsError, PinMismatch, RegraftError
 from regraft.failpoints import failpoint
 from regraft.layout import Layout
 from regraft.messages import leaves
+from regraft.outputs import cache_of, outputs
 from regraft.parent import write_values
+from regraft.register.clean import present_list
 from regraft.register.lookup import versions
 from regraft.register.service import Service
 from regraft.register.version import CHAMPION, FORGET_TAG, Version
 from regraft.settings import Settings
-from regraft.validate.forgotten import FORGET, Forgotten, fresh, load
+from regraft.validate.forgotten import FORGET, Forgotten, Kind, fresh, load, shape_of
 
 log = logging.getLogger("regraft.forget")
 How = Literal["rows", "data", "file", "parent", "unknown", "no"]
@@ -126,18 +127,26 @@ def forget(
     Raises:
         ParamsError: neither is given, the expression is none, or `params.yaml` has no line `forget`.
         MissingInput: nothing matches, neither in data/raw/ nor in what versions were made from.
+        PinMismatch: the list is not the one that `params.yaml` names, or it names none.
+        Busy: another process of this clone is at it.
         ServiceUnavailable: the registry does not answer; the same command can be repeated.
     """
     if match is None and not ids:
         raise ParamsError("nothing to forget was named", fix="`regraft data forget --match PATTERN`, or `--id ID`")
     search = _Search(match, frozenset(ids))
-    before = load(layout.root / FORGET, settings.data.forget, grown=True)
-    listed = before or fresh()
+    with hold(layout.lock("forget"), "`regraft data forget`"):
+        data = settings.data.model_copy(update={"forget": present_list(layout)})  # another one may have ended since
+        return _forget(layout, settings.model_copy(update={"data": data}), search, ids, dry_run=dry_run)
+
+
+def _forget(layout: Layout, settings: Settings, search: "_Search", ids: Sequence[str], *, dry_run: bool) -> Forgetting:
+    shape = shape_of(settings.data)
+    listed = _listed(layout, settings.data.forget, shape)
     now = _in_raw(layout, settings, search, listed)
     known = [each for each in versions(settings.register_, layout) if each.complete]
-    cache = _cache(layout)
+    cache = cache_of(layout)
     found: list[Seen] = []
-    contents = set(now.contents)
+    contents = now.contents | now.names
     tainted: set[str] = set()
     for version in known:
         lineage = _lineage(version)
@@ -149,8 +158,8 @@ def forget(
         if seen.affected or FORGET_TAG in version.tags:
             tainted.add(version.adapter_digest)
         found.append(seen)
-    new: set[tuple[Any, str]] = {("content", each) for each in contents} | {("id", listed.of_id(each)) for each in ids}
-    new -= listed.entries
+    new: set[tuple[Kind, str]] = contents | {("id", listed.of_id(each)) for each in ids}
+    new = {each for each in new if each not in listed.entries}
     if not contents and not (new or any(each.affected for each in found)):
         raise MissingInput(
             "no row matches, neither in data/raw/ nor in what the versions were made from",
@@ -158,7 +167,7 @@ def forget(
         )
     digest = settings.data.forget
     if not dry_run:
-        digest = listed.adding(new).save(layout.root / FORGET)
+        digest = listed.adding(new, shape).save(layout.root / FORGET)
         failpoint("forget.listed")
         if digest != settings.data.forget:
             write_values(layout.params, "data", {"forget": digest})
@@ -174,6 +183,17 @@ def forget(
         done=not dry_run,
         files=sorted(now.files),
     )
+
+
+def _listed(layout: Layout, digest: str | None, shape: str) -> Forgotten:
+    """Return the list to go on with; a fresh one only where there is none."""
+    path = layout.root / FORGET
+    if digest is None and path.exists():
+        raise PinMismatch(
+            f"{FORGET} is there and data.forget in params.yaml is null: its list would be lost",
+            fix=f"to go on with it, set data.forget to {digest_file(path)} in params.yaml; to begin anew, move it away",
+        )
+    return load(path, digest, grown=True) or fresh(shape)
 
 
 class _Search:
@@ -200,14 +220,16 @@ class _InRaw:
 
     rows: int = 0
     places: list[str] = field(default_factory=list)
-    contents: set[str] = field(default_factory=set)
+    contents: set[tuple[Kind, str]] = field(default_factory=set)
+    names: set[tuple[Kind, str]] = field(default_factory=set)
+    """Their own names: they are known by them when they are read in another way."""
     files: dict[str, int] = field(default_factory=dict)
     digests: dict[str, int] = field(default_factory=dict)
     """sha256 of each file that is there, with how many rows of it are meant."""
     ids: set[str] = field(default_factory=set)
     """Their row_ids."""
     left_out: str | None = None
-    """sha256 of the present list, where all of them are on it: a version made with that list has none of them."""
+    """sha256 of the present list, where all of them are on it: a version made from these files with that list has none of them."""
 
 
 def _in_raw(layout: Layout, settings: Settings, search: _Search, listed: Forgotten) -> _InRaw:
@@ -232,12 +254,14 @@ def _in_raw(layout: Layout, settings: Settings, search: _Search, listed: Forgott
             found.rows += 1
             if len(found.places) < _PLACES:
                 found.places.append(f"{file.name}:{raw.line}")
-            found.contents.add(listed.of_content(row.messages))
+            found.contents.update(("content", each) for each in listed.contents_of(row.messages, row.rejected))
+            if row.id is not None:
+                found.names.add(("id", listed.of_id(row.id)))
             found.ids.add(row_digests(row)[0] if not row.reasons else "")
         if found.rows > before:
             found.files[file.name] = found.rows - before
         found.digests[opened.digest] = found.rows - before
-    if found.contents <= {value for _, value in listed.entries}:
+    if found.contents <= listed.entries:
         found.left_out = settings.data.forget
     return found
 
@@ -250,11 +274,11 @@ def _look(
     search: _Search,
     listed: Forgotten,
     now: _InRaw,
-) -> tuple[Seen, set[str]]:
-    """Say whether a version was trained on what is looked for; return with it the contents that were in its data."""
-    rows = _outputs(layout, cache, lineage, "validate", "rows.parquet")
-    trained = _outputs(layout, cache, lineage, "preprocess", "train_rows-")
-    contents: set[str] = set()
+) -> tuple[Seen, set[tuple[Kind, str]]]:
+    """Say whether a version was trained on what is looked for; return with it what is listed of those that were in its data."""
+    rows = outputs(layout, cache, lineage, "validate", "rows.parquet")
+    trained = outputs(layout, cache, lineage, "preprocess", "train_rows-")
+    contents: set[tuple[Kind, str]] = set()
     ids = now.ids - {""}
     if rows:
         ids = set()
@@ -263,7 +287,10 @@ def _look(
             said = "\n".join((*_said(each["messages"]), *other, *(value for _, value in each["slices"] or ())))
             if search.finds(said, each["id"]):
                 ids.add(each["row_id"])
-                contents.add(listed.of_content(each["messages"]))
+                said_in = listed.contents_of(each["messages"], each.get("rejected"))
+                contents.update(("content", one) for one in said_in)
+                if each["id"] is not None:
+                    contents.add(("id", listed.of_id(each["id"])))
     if trained:
         count = sum(_count(path, ids) for path in trained)
         if count or rows:
@@ -271,14 +298,14 @@ def _look(
     elif rows:
         return Seen(version.number, "data" if ids else "no", len(ids), version.aliases), contents
     left_out = lineage.get("params", {}).get("data", {}).get("forget")
-    if left_out is not None and left_out == now.left_out:
-        return Seen(version.number, "no", 0, version.aliases), contents
     raw = {entry.get("sha256") for entry in lineage.get("data", {}).get("raw", {}).values()}
+    whole = bool(raw) and raw <= set(now.digests)  # else what is there now says nothing of the rest
+    if whole and left_out is not None and left_out == now.left_out:
+        return Seen(version.number, "no", 0, version.aliases), contents
     count = sum(now.digests.get(digest, 0) for digest in raw)
     if count:
         return Seen(version.number, "file", count, version.aliases), contents
-    how: How = "no" if raw and raw <= set(now.digests) else "unknown"
-    return Seen(version.number, how, 0, version.aliases), contents
+    return Seen(version.number, "no" if whole else "unknown", 0, version.aliases), contents
 
 
 def _said(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -315,51 +342,6 @@ def _lineage(version: Version) -> dict[str, Any]:
     except (DamagedArtifact, MissingInput) as error:
         log.warning("%s; what it was made from cannot be told", error.message)
         return {}
-
-
-def _outputs(layout: Layout, cache: Path | None, lineage: dict[str, Any], stage: str, name: str) -> list[Path]:
-    """Return the files of a stage's output as the version had it, from the clone or DVC's cache; none where they are gone."""
-    data = lineage.get("data", {})
-    wanted = (data.get("stages") or {}).get(stage)
-    here = layout.stage(stage)
-    try:
-        if wanted is not None and digest_file(here / "manifest.json") == wanted:
-            listed = read_json(here / "manifest.json")["files"]
-            files = [(here / each, entry["sha256"]) for each, entry in listed.items() if each.startswith(name)]
-            if all(digest_file(path) == digest for path, digest in files):
-                return [path for path, _ in files]
-    except (RegraftError, OSError, KeyError, TypeError):
-        pass  # not here, or another one: looked for in the cache
-    outs = ((lineage.get("dvc", {}).get("stages") or {}).get(stage) or {}).get("outs", {})
-    folder = outs.get(f"data/work/{stage}")
-    if cache is None or not folder:
-        return []
-    try:
-        listed = json.loads((cache / folder[:2] / folder[2:]).read_bytes())
-        paths = [(cache / e["md5"][:2] / e["md5"][2:], e["md5"]) for e in listed if e["relpath"].startswith(name)]
-        return [path for path, _ in paths] if all(_md5(path) == md5 for path, md5 in paths) else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _cache(layout: Layout) -> Path | None:
-    """Return the folder of DVC's local cache; None where the clone has no DVC."""
-    if not (layout.root / ".dvc").is_dir():
-        return None
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(layout.root)) as repo:
-            return Path(repo.cache.local.path)
-    except DvcException as error:
-        log.warning("DVC's cache cannot be read: %s", error)
-        return None
 
 
 def _tag(

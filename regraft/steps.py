@@ -19,6 +19,7 @@ from regraft.layout import Layout
 from regraft.pipeline import StageResult
 from regraft.register.lookup import champion as find_champion
 from regraft.register.lookup import version as find_version
+from regraft.register.lookup import versions as find_versions
 from regraft.register.version import FORGET_TAG, Version, identity
 from regraft.settings import Settings
 
@@ -109,7 +110,7 @@ def judge_and_save(layout: Layout, settings: Settings) -> Verdict:
             answers=files / "answers.parquet",
             label=f"the champion (version {champion.number})",
         )
-        evidence = replace(evidence, forgets=FORGET_TAG in champion.tags)
+        evidence = replace(evidence, forgets=FORGET_TAG in champion.tags and _is_clean(layout, settings))
     verdict = judge_run(layout, settings.gates, evidence)
     save_verdict(verdict, layout.verdict)
     if verdict.passed:  # as champion it need not be scored on this holdout again
@@ -193,6 +194,21 @@ def export_version(layout: Layout, settings: Settings, which: str = "champion") 
     verify_export(folder)
     log.info("export: %s%s", folder, " (it was there already)" if report["already_exported"] else "")
     return Exported(version.number, folder, not report["already_exported"])
+
+
+def _is_clean(layout: Layout, settings: Settings) -> bool:
+    """Whether the present adapter could replace a champion that is to forget: the gate is lowered for no other."""
+    from regraft.register.clean import list_of_stages, present_list, tainted_ancestor
+
+    if not present_list(layout) == list_of_stages(layout) == settings.data.forget:
+        log.warning(
+            "verdict: data.forget has changed since `validate` ran: the challenger may have learnt what it names"
+        )
+        return False
+    ancestor = tainted_ancestor(settings.train.parent_digest, find_versions(settings.register_, layout))
+    if ancestor is not None:
+        log.warning("verdict: the challenger went on from version %d, which is to be forgotten", ancestor.number)
+    return ancestor is None
 
 
 def _took(layout: Layout, step: str, began: float) -> None:

@@ -11,17 +11,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from regraft import settings
-from regraft.artifacts import digest_file, read_json
-from regraft.errors import GateRefused, MissingInput, ParamsError
-from regraft.forget import Forgetting, Seen
+from regraft.artifacts import digest_file, hold, read_json
+from regraft.errors import Busy, GateRefused, MissingInput, ParamsError, PinMismatch
+from regraft.forget import Forgetting, Seen, _InRaw, _look, _Search
 from regraft.forget import forget as forget_rows
+from regraft.gates.run import Champion
+from regraft.gates.verdict import Check, Verdict, decide
 from regraft.layout import Layout
 from regraft.register import lookup, registry
+from regraft.register.clean import list_of_stages
 from regraft.register.promote import promote, rollback
 from regraft.register.service import Service
 from regraft.register.version import FORGET_TAG, Version
 from regraft.settings import Settings
-from regraft.validate.forgotten import FORGET
+from regraft.steps import judge_and_save
+from regraft.validate.forgotten import FORGET, fresh, load
 from regraft.validate.params import DataParams
 from regraft.validate.validate import validate
 
@@ -57,11 +61,12 @@ def trained(
     rejected: list[str] | None = None,
 ) -> Version:
     """Register a version that was made from `rows` rows and trained on those of `learnt`."""
+    named = digest_file(root / FORGET) if (root / FORGET).is_file() else "null"
     layout = clones.make(root, adapter=adapter, rows=rows)
     if rejected is not None:
         file = layout.stage("validate") / "rows.parquet"
         pq.write_table(pq.read_table(file).append_column("rejected", pa.array(rejected, pa.string())), file)
-    (root / "params.yaml").write_text("data:\n  forget: null   # nothing yet\n  id: id\ntrain:\n  rank: 4\n")
+    (root / "params.yaml").write_text(f"data:\n  forget: {named}   # nothing yet\n  id: id\ntrain:\n  rank: 4\n")
     made = pq.read_table(layout.stage("validate") / "rows.parquet").to_pylist()
     raw = root / RAW
     raw.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +103,7 @@ def tags(root: Path) -> dict[int, str | None]:
 def test_rows_that_match_are_listed_and_the_version_that_learnt_them_is_tagged(clone: Path) -> None:
     trained(clone, "one", 20, learnt=range(3, 20))
     found = forget(clone, "PARCEL number (4|5)$")
-    assert (found.rows, found.places, found.contents) == (2, [f"{RAW}:5", f"{RAW}:6"], 2)
+    assert (found.rows, found.places, found.contents) == (2, [f"{RAW}:5", f"{RAW}:6"], 4)  # by content and by id
     assert found.versions == [Seen(1, "rows", 2, ("challenger",))]
     assert found.digest == digest_file(clone / FORGET)
     params = (clone / "params.yaml").read_text()
@@ -118,9 +123,33 @@ def test_an_answer_that_was_not_preferred_is_looked_at_too(clone: Path) -> None:
 
     assert (done.rows, done.versions) == (0, [Seen(version.number, "rows", 1, ("challenger",))])
 
+    forget(clone, "jane")
+    listed = load(clone / FORGET, of(clone).data.forget)
+    assert listed is not None
+    asked = {"role": "user", "content": "where is my parcel number 1"}
+    assert listed.holds([asked, {"role": "assistant", "content": "call Jane"}], None)
+    assert listed.holds([asked, {"role": "assistant", "content": "It is on its way."}], None)
+    assert not listed.holds([asked, {"role": "assistant", "content": "no"}], None)
+
+
+def test_a_pair_of_which_an_answer_is_named_comes_back_with_neither_answer(clone: Path) -> None:
+    trained(clone, "a", 4, learnt=range(4))
+    pairs = [{"prompt": f"ask {i}", "chosen": f"yes {i}", "rejected": f"no {i}", "id": f"{i}"} for i in range(3)]
+    (clone / RAW).write_text("".join(json.dumps(each) + "\n" for each in pairs))
+    loaded = of(clone)
+    as_pairs = loaded.data.model_copy(update={"layout": "preference"})
+    params = loaded.validate_.model_copy(update={"labels": None, "answers_are_json": False})
+    changed = {"data": as_pairs, "validate_": params}
+    found = forget_rows(Layout(clone), loaded.model_copy(update=changed), match="^no 1$")
+    assert found.places == [f"{RAW}:2"]
+    listed = load(clone / FORGET, found.digest)
+    assert listed is not None
+    for answer, held in (("yes 1", True), ("no 1", True), ("no 2", False)):
+        turns = [{"role": "user", "content": f"ask {answer[-1]}"}, {"role": "assistant", "content": answer}]
+        assert listed.holds(turns, None) is held
+
 
 def test_a_pair_goes_when_either_answer_was_forgotten(tmp_path: Path) -> None:
-    from regraft.validate.forgotten import fresh
     from regraft.validate.params import ValidateParams
 
     raw = tmp_path / RAW
@@ -163,7 +192,7 @@ def test_a_row_of_the_holdout_or_of_another_version_does_not_taint(clone: Path) 
     trained(clone, "one", 20, learnt=range(3, 20))
     found = forget(clone, "parcel number 2$")
     assert found.versions == [Seen(1, "no", 0, ("challenger",))]
-    assert found.contents == 1
+    assert found.contents == 2
     assert tags(clone) == {1: None}
 
 
@@ -192,7 +221,7 @@ def test_what_is_not_in_the_clone_any_more_is_found_in_dvcs_cache(clone: Path) -
     trained(clone, "third", 10, learnt=range(10))  # its rows are what is in the clone now
     found = forget(clone, "parcel number (1|25)$")
     assert found.places == [f"{RAW}:2"]
-    assert found.contents == 2
+    assert found.contents == 4
     assert [(each.number, each.how, each.rows) for each in found.versions] == [
         (1, "unknown", 0),
         (2, "rows", 1),
@@ -211,6 +240,22 @@ def test_a_version_of_which_only_the_raw_files_are_known_is_judged_by_them(clone
     assert forget(clone, "parcel number 7$").versions == [Seen(1, "file", 1, ("challenger",))]
     (clone / RAW).write_text((clone / RAW).read_text().splitlines()[7] + "\n")
     assert forget(clone, "parcel number 7$", dry_run=True).versions[0].how == "unknown"
+
+
+def test_a_list_says_nothing_of_raw_files_that_are_gone(clone: Path) -> None:
+    digest = "a" * 64
+    version = Version("regraft", 1, "", "", "", 0)
+    raw = {name: {"sha256": name} for name in ("here", "gone")}
+    known = {"params": {"data": {"forget": digest}}, "data": {"raw": raw}}
+
+    def how(**digests: int) -> str:
+        now = _InRaw(digests=digests, left_out=digest)
+        return _look(Layout(clone), None, version, known, _Search("x", frozenset()), fresh(), now)[0].how
+
+    assert how() == "unknown"
+    assert how(here=0) == "unknown"
+    assert how(here=1) == "file"
+    assert how(here=1, gone=0) == "no"
 
 
 def test_a_version_that_went_on_from_a_tainted_one_is_tagged_too(clone: Path) -> None:
@@ -263,11 +308,81 @@ def test_a_tagged_version_is_neither_promoted_nor_gone_back_to(clone: Path) -> N
         rollback(clones.PARAMS, layout)
 
 
+def now_without_it(root: Path, adapter: str, made_with: str | None, *, parent: str | None = None) -> Version:
+    """Register a version that was made while `data.forget` was `made_with`, and leave `params.yaml` as it is."""
+    present = (root / "params.yaml").read_bytes()
+    layout = clones.make(root, adapter=adapter, rows=7)
+    if made_with is not None:
+        (root / "params.yaml").write_text(f"data:\n  forget: {made_with}\n")
+    resolved = {"train": {"parent_digest": parent}, "data": {"forget": made_with}}
+    version = registry.register(clones.PARAMS, layout=layout, resolved=resolved)
+    (root / "params.yaml").write_bytes(present)
+    return version
+
+
+def test_a_version_that_is_registered_later_is_promoted_only_without_what_is_forgotten(clone: Path) -> None:
+    layout = Layout(clone)
+    first = trained(clone, "one", 20, learnt=range(20))
+    digest = forget(clone, "parcel number 5$").digest
+    child = now_without_it(clone, "child", digest, parent=first.adapter_digest)
+    grandchild = now_without_it(clone, "grandchild", digest, parent=child.adapter_digest)
+    for each in (child, grandchild):
+        with pytest.raises(GateRefused, match=r"went on from version 1.*\n  next: `regraft parent --none`"):
+            promote(clones.PARAMS, layout, each.number)
+    late = now_without_it(clone, "late", None)
+    with pytest.raises(GateRefused, match=r"made with no list of rows to be forgotten, and data\.forget names"):
+        promote(clones.PARAMS, layout, late.number)
+    old = now_without_it(clone, "old", "0" * 64)
+    with pytest.raises(GateRefused, match="made with the list 0000"):
+        promote(clones.PARAMS, layout, old.number)
+    clean = now_without_it(clone, "clean", digest)
+    assert promote(clones.PARAMS, layout, clean.number).changed
+
+
+def test_a_version_that_comes_out_the_same_with_a_longer_list_is_promoted(clone: Path) -> None:
+    layout = Layout(clone)
+    trained(clone, "one", 20, learnt=range(20))
+    digest = forget(clone, "parcel number 5$").digest
+    late = now_without_it(clone, "late", None)
+    again = now_without_it(clone, "late", digest)
+    assert again.number == late.number
+    assert promote(clones.PARAMS, layout, late.number).changed
+
+
+def test_the_list_that_counts_is_the_one_that_validate_ran_with(clone: Path) -> None:
+    (clone / "params.yaml").write_text("data:\n  forget: new\n")
+    assert list_of_stages(Layout(clone)) == "new"
+    for params, ran_with in (("data: {forget: old}", "old"), ("data.forget: old", "old"), ("data: {id: id}", None)):
+        (clone / "dvc.lock").write_text("stages: {validate: {params: {params.yaml: {" + params + "}}}}")
+        assert list_of_stages(Layout(clone)) == ran_with
+
+
+def test_the_gate_is_lowered_only_for_a_challenger_that_is_clean(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(clone)
+    first = trained(clone, "one", 20, learnt=range(20))
+    promote(clones.PARAMS, layout, "1")
+    loaded = of(clone)  # as a retraining that was under way had read it
+    forget(clone, "parcel number 5$")
+    evidence = Champion(first.adapter_digest, clone, None)
+    given: list[bool] = []
+
+    def judge(_: object, __: object, champion: Champion) -> Verdict:
+        given.append(champion.forgets)
+        return decide("run", [Check(name="any", passed=False, detail="no")], {})
+
+    monkeypatch.setattr("regraft.gates.run.champion_evidence", lambda *_, **__: evidence)
+    monkeypatch.setattr("regraft.gates.run.judge_run", judge)
+    train = loaded.train.model_copy(update={"parent": "x", "parent_digest": first.adapter_digest})
+    for each in (of(clone), of(clone).model_copy(update={"train": train}), loaded):
+        judge_and_save(layout, each)
+    assert given == [True, False, False]
+
+
 def test_a_dry_run_changes_nothing(clone: Path) -> None:
     trained(clone, "one", 20, learnt=range(20))
     before = (clone / "params.yaml").read_bytes()
     found = forget(clone, "parcel number 5$", dry_run=True)
-    assert (found.rows, found.contents, found.done) == (1, 1, False)
+    assert (found.rows, found.contents, found.done) == (1, 2, False)
     assert (clone / "params.yaml").read_bytes() == before
     assert not (clone / FORGET).exists()
     assert tags(clone) == {1: None}
@@ -326,11 +441,73 @@ def test_killed_in_between_the_same_command_finishes_the_same_list(
     monkeypatch.delenv("REGRAFT_FAILPOINT")
     found = forget(clone, "parcel number 5$")
     assert found.digest == digest_file(clone / FORGET) == of(clone).data.forget
-    assert len((clone / FORGET).read_text().splitlines()) == 3
+    assert len((clone / FORGET).read_text().splitlines()) == 5
     assert tags(clone)[1] is not None
+
+
+def test_of_two_at_once_the_second_is_told_to_wait_and_goes_on_with_the_list_of_the_first(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    loaded = of(clone)  # by the second one, before the first one ended
+    with hold(Layout(clone).lock("forget"), "it"), pytest.raises(Busy, match="data forget"):
+        forget_rows(Layout(clone), loaded, match="parcel number 5$")
+    first = (clone / FORGET).read_text() if forget(clone, "parcel number 9$").done else ""
+    found = forget_rows(Layout(clone), loaded, match="parcel number 5$")
+    assert (clone / FORGET).read_text().startswith(first)
+    assert found.digest == digest_file(clone / FORGET) == of(clone).data.forget
+
+
+def test_a_list_that_no_parameter_names_is_not_written_over(clone: Path) -> None:
+    trained(clone, "one", 20, learnt=range(20))
+    digest = forget(clone, "parcel number 9$").digest
+    text = (clone / "params.yaml").read_text()
+    (clone / "params.yaml").write_text(text.replace(str(digest), "null"))
+    with pytest.raises(PinMismatch, match=f"would be lost\n  next: to go on with it, set data.forget to {digest}"):
+        forget(clone, "parcel number 5$")
+    assert digest_file(clone / FORGET) == digest
+    (clone / "params.yaml").write_text(text)
+    assert forget(clone, "parcel number 5$").contents
 
 
 def test_a_manifest_names_the_outputs_that_a_version_had(clone: Path) -> None:
     version = trained(clone, "one", 5, learnt=range(5))
     lineage = read_json(Path(version.source) / "lineage.json")
     assert lineage["data"]["stages"]["validate"] == digest_file(Layout(clone).stage("validate") / "manifest.json")
+
+
+def test_rows_that_are_read_in_another_way_are_not_let_in_again(clone: Path, tmp_path: Path) -> None:
+    trained(clone, "one", 4, learnt=range(4))
+    (clone / RAW).write_text(
+        "".join(json.dumps({"q": f"ask {i}", "a": f"yes {i}", "id": f"{i}"}) + "\n" for i in range(4))
+    )
+    loaded = of(clone)
+    params = loaded.validate_.model_copy(update={"labels": None, "answers_are_json": False})
+    expectations = params.expectations.model_copy(
+        update={"rows": params.expectations.rows.model_copy(update={"minimum": 1}), "slices": {}}
+    )
+    params = params.model_copy(update={"expectations": expectations})
+    shape = {"layout": "prompt_answer", "prompt": "{q}", "answer": "{a}"}
+
+    def reading(**shape: str) -> Settings:
+        data = of(clone).data.model_copy(update=shape)
+        return loaded.model_copy(update={"data": data, "validate_": params})
+
+    def run(**shape: str) -> int:
+        out = tmp_path / "out"
+        data = reading(**shape).data
+        return validate(params, data, raw_root=clone, out=out, docs=tmp_path / "docs").rows_forgotten
+
+    forget_rows(Layout(clone), reading(**shape), match="^ask 1$")
+    assert run(**shape) == 1
+    other = shape | {"prompt": "Q: {q}"}
+    with pytest.raises(
+        PinMismatch, match=r"were read in another way.*\n  next: take the change back; or `regraft data forget`"
+    ):
+        run(**other)
+    before = (clone / FORGET).read_text()
+    forget_rows(Layout(clone), reading(**other), match="ask 1$")
+    assert (clone / FORGET).read_text().startswith(before), "a list only grows"
+    assert run(**other) == 1
+    with pytest.raises(PinMismatch, match="were read in another way"):
+        run(**shape)
+    forget_rows(Layout(clone), reading(**shape), match="ask 1$")
+    assert run(**shape) == 1

@@ -69,7 +69,7 @@ def show_rows(
             reasons = [
                 each.value for each in Reason if each.value in measured.column_names and measured[each.value][i].as_py()
             ]
-            if forgotten is not None and row is not None and forgotten.holds(row.messages, row.id):
+            if forgotten is not None and row is not None and forgotten.holds(row.messages, row.id, row.rejected):
                 found.append(Shown(f"{file.name}:{raw.line}", mapping.data.layout, ["forgotten"]))
                 continue
             layout = mapping.data.layout

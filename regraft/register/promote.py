@@ -23,6 +23,7 @@ from regraft.failpoints import failpoint
 from regraft.gates.verdict import Verdict
 from regraft.layout import Layout
 from regraft.register import lookup
+from regraft.register.clean import taint
 from regraft.register.evidence import NO_CHAMPION, RUN
 from regraft.register.fetch import files_of, read_verdict
 from regraft.register.params import RegisterParams
@@ -30,7 +31,6 @@ from regraft.register.service import Answer, Service
 from regraft.register.version import (
     CHALLENGER,
     CHAMPION,
-    FORGET_TAG,
     Entry,
     Version,
     champions,
@@ -80,7 +80,7 @@ def promote(
 
     Raises:
         GateRefused: its verdict is missing, against it, or was not made against the present champion; or the alias
-            was moved by something else than Regraft.
+            was moved by something else than Regraft; or it learnt, or may have learnt, what is to be forgotten.
         DamagedArtifact: its files are not those that were registered.
         MissingInput: there is no such version.
         ServiceUnavailable: MLflow does not answer; the same command can be repeated.
@@ -93,7 +93,7 @@ def promote(
         if state.champion is not None and state.champion.number == version.number:
             return _nothing_to_do(state, version, finished)
         _agrees(state)
-        _remembers_nothing(version)
+        _remembers_nothing(version, taint(version, state.versions, layout))
         verdict = _allowed(version, state.champion)
         with files_of(version):
             pass  # every byte was hashed
@@ -146,7 +146,7 @@ def rollback(
                 f"{version.label()} never was the champion: there is nothing to go back to",
                 fix=f"`regraft promote {version.number}` makes it the champion if its verdict allows it",
             )
-        _remembers_nothing(version)
+        _remembers_nothing(version, taint(version, state.versions, layout, by_list=False))
         with files_of(version):
             pass  # every byte was hashed
         return _change(
@@ -253,13 +253,11 @@ def _agrees(state: _State) -> None:
         )
 
 
-def _remembers_nothing(version: Version) -> None:
-    """Refuse a version that was trained on rows which are to be forgotten."""
-    if FORGET_TAG in version.tags:
-        raise GateRefused(
-            f"{version.label()} was trained on rows that are to be forgotten ({FORGET_TAG}: {version.tags[FORGET_TAG]})",
-            fix="`regraft retrain` makes a version without them",
-        )
+def _remembers_nothing(version: Version, why: str | None) -> None:
+    """Refuse a version that was, or may have been, trained on rows which are to be forgotten."""
+    if why is not None:
+        ancestor = "`regraft parent --none`, then " if "went on from" in why else ""
+        raise GateRefused(f"{version.label()} {why}", fix=f"{ancestor}`regraft retrain` makes a version without them")
 
 
 def _allowed(version: Version, champion: Version | None) -> str:

@@ -21,12 +21,13 @@ from regraft.gates.verdict import VERDICT
 from regraft.layout import STAGES, Layout
 from regraft.lineage import describe, write
 from regraft.register import lookup
+from regraft.register.clean import list_of_stages
 from regraft.register.evidence import ANSWERS, Evidence, gather
 from regraft.register.fetch import VERDICTS, check_bundle
 from regraft.register.params import RegisterParams
 from regraft.register.service import Answer, Service, waited_hold
 from regraft.register.store import sqlite_file, store_uri
-from regraft.register.version import CHALLENGER, COMPLETE, PREFIX, Version, local_folder
+from regraft.register.version import CHALLENGER, COMPLETE, LIST_TAG, PREFIX, Version, local_folder
 from regraft.snapshot import keep_code
 
 AGAIN = "regraft register"
@@ -55,10 +56,11 @@ def register(
         Busy: another process of this clone has been registering for five minutes.
     """
     evidence = gather(layout, verdict_dir or layout.verdict)
+    listed = list_of_stages(layout)
     if sqlite_file(store_uri(params, layout)) is not None:  # milliseconds, and mlflow is not imported
         for known in lookup.versions(params, layout):
             if known.complete and known.identity == evidence.identity and CHALLENGER in known.aliases:
-                if evidence.passed and _says(known, evidence):
+                if evidence.passed and _says(known, evidence) and listed in (None, known.tags.get(LIST_TAG)):
                     return known
                 break
     service = Service.of(params, layout, again=AGAIN)
@@ -68,10 +70,10 @@ def register(
         found = service.repeated(lambda: _present(service, params, evidence))
         if found is None:
             bundle = _bundle(layout, evidence, resolved)
-            found = service.repeated(lambda: _create(service, params, layout, evidence, bundle))
+            found = service.repeated(lambda: _create(service, params, layout, evidence, bundle, listed))
             shutil.rmtree(bundle, ignore_errors=True)
         version = found
-        return service.repeated(lambda: _point(service, version, evidence))
+        return service.repeated(lambda: _point(service, version, evidence, listed))
 
 
 def _present(service: Service, params: RegisterParams, evidence: Evidence) -> Version | None:
@@ -83,7 +85,9 @@ def _present(service: Service, params: RegisterParams, evidence: Evidence) -> Ve
     return found[0] if found else None
 
 
-def _create(service: Service, params: RegisterParams, layout: Layout, evidence: Evidence, bundle: Path) -> Version:
+def _create(
+    service: Service, params: RegisterParams, layout: Layout, evidence: Evidence, bundle: Path, listed: str | None
+) -> Version:
     """Upload, read back, and create the version in one call; returns the one that won."""
     won = _present(service, params, evidence)
     if won is not None:
@@ -98,6 +102,8 @@ def _create(service: Service, params: RegisterParams, layout: Layout, evidence: 
             if answer.code != "RESOURCE_ALREADY_EXISTS":
                 raise
     tags = {**evidence.tags(), f"{PREFIX}manifest": manifest, COMPLETE: "true"}
+    if listed is not None:
+        tags[LIST_TAG] = listed
     failpoint("register.version")
     created = service.ask(
         "create_model_version", params.model_name, source, run_id=run.info.run_id, tags=tags, model_id=model
@@ -109,8 +115,14 @@ def _create(service: Service, params: RegisterParams, layout: Layout, evidence: 
     return replace(won, new=won.number == int(created.version))
 
 
-def _point(service: Service, version: Version, evidence: Evidence) -> Version:
-    """Bring the version's verdict up to date and point `challenger` at it."""
+def _point(service: Service, version: Version, evidence: Evidence, listed: str | None) -> Version:
+    """Bring the version's verdict up to date and point `challenger` at it.
+
+    The list of what is to be forgotten may have grown without a row of the training data on it: the same version is made with it.
+    """
+    if listed is not None and version.tags.get(LIST_TAG) != listed:
+        service.ask("set_model_version_tag", version.name, str(version.number), LIST_TAG, listed)
+        version = replace(version, tags={**version.tags, LIST_TAG: listed})
     if not _says(version, evidence):
         attach_verdict(service, version, evidence)
         version = replace(version, tags={**version.tags, **evidence.verdict_tags()})

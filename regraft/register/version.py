@@ -16,6 +16,8 @@ COMPLETE = "regraft.complete"
 """Tag of a version that Regraft made whole; it is set by the very call that creates the version."""
 FORGET_TAG = "regraft.forget"
 """Tag of a version that was trained on rows which are to be forgotten; see `regraft.forget`."""
+LIST_TAG = "regraft.forget_list"
+"""Tag with the `data.forget` that a version was made with, the last time that it was made; see `register.clean`."""
 LEDGER = "regraft.ledger."
 """Tags of the registered model, one for each change of the champion: `regraft.ledger.000001`, ..."""
 _LONGEST = 1000  # characters of a reason; a tag of a registered model holds 5,000 in PostgreSQL and MySQL

@@ -24,7 +24,7 @@ from regraft.artifacts import commit_dir
 from regraft.errors import DataError, GateRefused, ParamsError
 from regraft.failpoints import failpoint
 from regraft.validate.expectations import Counts, Expected, expected
-from regraft.validate.forgotten import FORGET, Forgotten
+from regraft.validate.forgotten import FORGET, Forgotten, shape_of
 from regraft.validate.forgotten import load as load_forgotten
 from regraft.validate.mapping import Mapping, Row, row_digests
 from regraft.validate.measures import FOREIGN, measure
@@ -71,7 +71,7 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
     files, ignored = find_files(data.raw, raw_root)
     longest = 65_536 + 6 * params.max_bytes  # an escape such as \u00e9 has 6 bytes
     read_as = mappings(data, params, files, raw_root, longest)
-    forgotten = load_forgotten(raw_root / FORGET, data.forget)
+    forgotten = load_forgotten(raw_root / FORGET, data.forget, shape=shape_of(data))
 
     shares = params.expectations.sources
     tally = _Tally(
@@ -343,13 +343,7 @@ def _check_slices(params: ValidateParams, data: DataParams) -> None:
 
 def _is_forgotten(forgotten: Forgotten, raw: RawRow, row: Row | None, data: DataParams) -> bool:
     identity = _id_of(raw, row, data)
-    if row is None or row.rejected is None:
-        return forgotten.holds(None if row is None else row.messages, identity)
-    other = [
-        *row.messages[:-1],
-        {"role": "assistant", "content": row.rejected},
-    ]  # forgotten as a conversation of its own
-    return forgotten.holds(row.messages, identity) or forgotten.holds(other, identity)
+    return forgotten.holds(None, identity) if row is None else forgotten.holds(row.messages, identity, row.rejected)
 
 
 def _id_of(raw: RawRow, row: Row | None, data: DataParams) -> str | None:

@@ -8,7 +8,8 @@ import pytest
 
 from regraft.artifacts import digest_bytes
 from regraft.errors import DamagedArtifact, MissingInput, PinMismatch
-from regraft.validate.forgotten import FORGET, Forgotten, fresh, load
+from regraft.validate.forgotten import FORGET, Forgotten, fresh, load, shape_of
+from regraft.validate.params import DataParams
 
 Chat = Callable[..., str]
 
@@ -72,3 +73,12 @@ def test_the_list_holds_no_word_of_what_is_forgotten_and_two_lists_of_the_same_d
     assert read is not None
     assert read.holds(said(" ADA", "lovelace "), None)
     assert not read.holds(said("Ada", "Byron"), "Ada")
+
+
+def test_how_rows_are_read_is_told_by_what_makes_conversations_and_by_nothing_else() -> None:
+    plain = DataParams()
+    same = [DataParams(id="id"), DataParams(time="at"), DataParams(messages="messages"), DataParams(raw=["data/raw/a"])]
+    other = [DataParams(layout="auto"), DataParams(messages="turns"), DataParams(tools="tools")]
+    other.append(DataParams.model_validate({"sources": {"a": {"path": "data/raw/a", "layout": "alpaca"}}}))
+    assert {shape_of(each) for each in same} == {shape_of(plain)}
+    assert len({shape_of(each) for each in (plain, *other)}) == len(other) + 1
