@@ -67,7 +67,7 @@ def test_the_list_holds_no_word_of_what_is_forgotten_and_two_lists_of_the_same_d
         forgotten = fresh()
         forgotten.adding([("content", forgotten.of_content(said("Ada", "Lovelace")))]).save(tmp_path / name)
         texts.append((tmp_path / name).read_text())
-    assert "ada" not in texts[0].lower()
+    assert "lovelace" not in texts[0].lower()  # "ada" could be three digits of a hash
     assert texts[0].splitlines()[1] != texts[1].splitlines()[1]
     read = load(tmp_path / "two", digest_bytes(texts[1].encode()))
     assert read is not None
