@@ -53,6 +53,7 @@ def rows_of_talk() -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.service
 @pytest.mark.filterwarnings("ignore")
 def test_two_nodes_make_the_same_bytes_as_one_process(
     address: str,
@@ -80,6 +81,7 @@ def test_two_nodes_make_the_same_bytes_as_one_process(
     assert len(done) > 8
 
 
+@pytest.mark.service
 @pytest.mark.filterwarnings("ignore")
 def test_a_shard_whose_process_dies_is_done_again_and_an_error_there_is_an_error_here(
     address: str, tokenizer_base: Path, tmp_path: Path
@@ -108,6 +110,7 @@ def test_a_shard_whose_process_dies_is_done_again_and_an_error_there_is_an_error
     assert (tmp_path / "mark.done").exists()
 
 
+@pytest.mark.service
 @pytest.mark.filterwarnings("ignore")
 def test_a_node_that_would_make_other_bytes_is_refused(
     address: str, tokenizer_base: Path, monkeypatch: pytest.MonkeyPatch
