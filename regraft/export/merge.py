@@ -7,6 +7,7 @@ bit-identical to those of PEFT's `merge_and_unload`, but where PEFT rounds twice
 """
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -167,6 +168,7 @@ def _merged(
     vector = sum((adapters[n].whole(name).float().reshape(-1, 1) * s for n, name, s in step.biases), torch.zeros(()))
     per_matrix = grid(step.target.shape)[1]
     noise = _noise(step.target.name) if rounding == "stochastic" and dtype == torch.bfloat16 else None
+    alone = len(factors) == 1 and factors[0].magnitude is None and not step.biases and step.rows is None
     for first, block in _source(step, reader, adapters, weights):
         if not step.terms and not step.biases and step.rows is None:
             yield space.turn("rounded", dtype, *block.shape).copy_(
@@ -174,26 +176,32 @@ def _merged(
             )  # a reader may reuse the block's memory at once
             continue
         rows, width = block.shape
-        total = space.take("sum", torch.float32, rows, width).copy_(block)
+        before = space.take("before", torch.float32, rows, width).copy_(block)
+        total, delta = before, None
         for each in factors:
             delta = each.block(first, rows, width, per_matrix, space)
             if rounding == "peft" and each.term.rounded_by_peft:
                 delta.copy_(delta.to(block.dtype))
-            total.add_(delta)
+            total = torch.add(total, delta, out=space.take("sum", torch.float32, rows, width))
             each.scale(total, first, norms)
+        if total is before:
+            total = space.take("sum", torch.float32, rows, width).copy_(before)
         if step.biases:
             total.add_(vector[first : first + rows])
         if step.rows is not None:
             _replace_rows(step, adapters, total, first)
         result = space.turn("rounded", dtype, rows, width)
         _round(total, result, noise)
-        if not _finite(result) and _finite(block):
+        if survival is not None and step.terms:
+            intended = delta if alone and delta is not None else total.sub(before)
+            finite = survival.compare(intended, total.copy_(result).sub_(before), before)
+        else:
+            finite = False
+        if not finite and not _finite(result) and _finite(block):
             raise DamagedArtifact(
                 f"{step.target.name} is not finite in {step.target.dtype} from row {first} on",
                 fix="look at the adapter's weights, or choose bf16 or fp32",
             )
-        if survival is not None and step.terms:
-            survival.add(block, total, result)
         yield result
 
 
@@ -339,4 +347,4 @@ def _finite(block: "torch.Tensor") -> bool:
     if not block.numel():
         return True
     smallest, largest = torch.aminmax(block)  # a NaN comes out as both; no copies, unlike torch.isfinite
-    return bool(torch.isfinite(smallest) and torch.isfinite(largest))
+    return math.isfinite(smallest.item()) and math.isfinite(largest.item())

@@ -7,13 +7,13 @@ OUT/                 model, tokenizer, config, merge.json (what was merged, what
 import logging
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from regraft.artifacts import MANIFEST, commit_dir, digest_file, digest_json, hold, read_json, verify_dir
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError, PinMismatch, RegraftError
+from regraft.export.beside import digests_beside
 from regraft.export.certificate import SUMS, sums
 from regraft.export.folder import licence_files, write_companions, write_tokenizer
 from regraft.export.lora import CONFIG, WEIGHTS
@@ -108,15 +108,14 @@ def merge_adapter(
         survival = Survival()
         key = digest_json([seen, [each.model_dump() for each in adapters], dtype])
         made: dict[str, str] = {}
-        with ThreadPoolExecutor(1) as beside, commit_dir(out, made) as folder:
-            digests = beside.submit(lambda: {name: digest_file(base / name) for name in names})
+        with digests_beside(base, names) as digests, commit_dir(out, made) as folder:
             shards_of = partial / "shards"
             made |= merge(plan, folder, rounding=rounding, partial=shards_of, key=key, survival=survival)
             write_companions(plan, folder, dtype=dtype)
             write_tokenizer(plan, folder)
             for path in licence_files(base):
                 shutil.copyfile(path, folder / path.name)
-            found = digests.result()
+            found = digests()
             _check_digests(base, found, base_digests or {})
             record = MergeRecord(
                 base=found,

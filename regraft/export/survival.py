@@ -4,12 +4,11 @@ A merge into few bits can lose it: with ‖ΔW‖/‖W‖ of 1 % the change that
 the one that was learnt (peft #2105 and #2321 tell of models that "forgot" their fine-tuning).
 """
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
-
-from regraft.export.tensors import Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +39,6 @@ class Survival:
         self._known: list[Survived] = []
         self._names: list[str] = []
         self._sums: list[list[float]] = []
-        self._space = Workspace()
 
     def resume(self, layers: Iterable[object]) -> None:
         """Take in what an earlier attempt measured."""
@@ -53,21 +51,18 @@ class Survival:
             self._names.append(step.target.name)
             self._sums.append([0.0, 0.0, 0.0, 0.0])
 
-    def add(self, before: "torch.Tensor", wanted: "torch.Tensor", after: "torch.Tensor") -> None:
-        """Take in one block: the weights before, the exact sum (is overwritten), and what was stored."""
-        import torch
+    def compare(self, intended: "torch.Tensor", effective: "torch.Tensor", weight: "torch.Tensor") -> bool:
+        """Take in a change as it was meant, as it is, and the weight that it changes; all in float32.
 
-        start = self._space.take("before", torch.float32, *before.shape).copy_(before)
-        effective = self._space.take("after", torch.float32, *after.shape).copy_(after)
-        self.compare(wanted.sub_(start), effective.sub_(start), start)
-
-    def compare(self, intended: "torch.Tensor", effective: "torch.Tensor", weight: "torch.Tensor") -> None:
-        """Take in a change as it was meant, as it is, and the weight that it changes; all in float32."""
+        Returns:
+            Whether every value of all three is known to be finite (a sum can overflow where they are).
+        """
         sums = self._sums[-1]
         for place, (one, other) in enumerate(
             ((effective, intended), (effective, effective), (intended, intended), (weight, weight))
         ):
             sums[place] += _dot(one, other)
+        return all(map(math.isfinite, sums))
 
     @property
     def layers(self) -> list[Survived]:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BLOCK = 2**20  # elements: 4 MB in float32, which stay in a core's cache from one operation to the next
+BLOCK = 2**19  # elements: 2 MB in float32, so that a core's cache holds them from one operation to the next
 _FLUSH = 64 * 2**20  # bytes
-RING = 3
-"""Buffers that are used in turn: one is written, one waits, one is being filled."""
+RING = 10
+"""Buffers that are used in turn: one is written, one is being filled, the rest wait: the writer is not always awake."""
 FLOATS = ("F32", "F16", "BF16")
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _TORCH |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -166,10 +166,13 @@ class Writer:
         self._file = path.open("xb", buffering=0)
         self._digest = hashlib.sha256()
         self._errors: list[OSError] = []
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=RING - 2)
-        self._thread = threading.Thread(target=self._work, daemon=True, name=f"write {path.name}")
-        self._thread.start()
-        self._queue.put(memoryview(len(text).to_bytes(8, "little") + text))
+        waiting = (RING - 3) // 2  # beside what is filled, digested and written
+        self._to_digest: queue.Queue[memoryview | None] = queue.Queue(waiting)
+        self._to_write: queue.Queue[memoryview | None] = queue.Queue(waiting)
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._digest_all, self._write_all)]
+        for thread in self._threads:
+            thread.start()
+        self._to_digest.put(memoryview(len(text).to_bytes(8, "little") + text))
 
     def __enter__(self) -> Self:
         return self
@@ -177,8 +180,9 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        self._to_digest.put(None)
+        for thread in self._threads:
+            thread.join()
         written = self._file.tell()
         self._file.close()
         if kind is not None:
@@ -200,16 +204,22 @@ class Writer:
         if self._errors:
             raise self._errors[0]
         if block.numel():
-            self._queue.put(block.reshape(-1).view(torch.uint8).numpy().data)
+            self._to_digest.put(block.reshape(-1).view(torch.uint8).numpy().data)
 
-    def _work(self) -> None:
-        """Write, digest and flush beside the computation: neither holds Python's lock."""
+    def _digest_all(self) -> None:
+        """Digest beside the computation and the writing: none of them holds Python's lock for long."""
+        while (view := self._to_digest.get()) is not None:
+            self._digest.update(view)
+            self._to_write.put(view)
+        self._to_write.put(None)
+
+    def _write_all(self) -> None:
+        """Write and flush."""
         unflushed = 0
-        while (view := self._queue.get()) is not None:
+        while (view := self._to_write.get()) is not None:
             if self._errors:
                 continue  # the computing side sees the error at its next block
             try:
-                self._digest.update(view)
                 while view:
                     count = self._file.write(view)
                     view, unflushed = view[count:], unflushed + count
