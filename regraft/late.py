@@ -1,19 +1,17 @@
-"""Parameters that came after versions had been registered.
+"""Fields that came later, in documents whose digests must not change for it.
 
-A version's identity and the key of its checkpoints digest the sections that made it. A parameter that was added later
-is left out of what is digested where it stands at its default: what was trained before it existed is what would be
-trained now.
+A version's identity and the key of its checkpoints digest the sections of `params.yaml` that made it, and reports are
+digested too. A field that was added later is left out of what is dumped where it stands at its default: what was made
+before it existed is what would be made now.
 """
 
 from typing import Any, ClassVar
 
-from pydantic import SerializerFunctionWrapHandler, model_serializer
-
-from regraft.params import Section
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 
-class LateFields(Section):
-    """A section of which the fields named in `LATE` are dumped only where they differ from their defaults."""
+class LateFields(BaseModel):
+    """Dumps the fields named in `LATE` only where they differ from their defaults; a base beside `Section` or `Report`."""
 
     LATE: ClassVar[frozenset[str]] = frozenset()
 

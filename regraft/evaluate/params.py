@@ -5,9 +5,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from regraft.late import LateFields
+from regraft.params import Section
 
 
-class EvaluateParams(LateFields):
+class EvaluateParams(LateFields, Section):
     """How adapters are scored on the holdout: teacher-forced loss and greedy answers."""
 
     LATE: ClassVar[frozenset[str]] = frozenset({"gpu_memory"})

@@ -1,12 +1,11 @@
 """What evaluation measured; the comparison gate decides from it and from the answers."""
 
-from typing import Any
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_serializer
-from pydantic_core.core_schema import SerializerFunctionWrapHandler
+from pydantic import BaseModel, ConfigDict
 
+from regraft.late import LateFields
 from regraft.report import Report
-from regraft.sparse import without_defaults
 
 BASE = "base"
 """The name under which the base without an adapter is scored."""
@@ -70,8 +69,10 @@ class PreferenceScores(BaseModel):
     slices: dict[str, dict[str, PreferenceScore]]
 
 
-class EvaluateReport(Report):
+class EvaluateReport(LateFields, Report):
     """Scores of the base and of adapters on one holdout; equal inputs give equal bytes on a CPU."""
+
+    LATE: ClassVar[frozenset[str]] = frozenset({"preferences"})
 
     base_digest: str
     tokenizer_digest: str
@@ -93,7 +94,3 @@ class EvaluateReport(Report):
     """By name; `base` is the base without an adapter."""
     preferences: dict[str, PreferenceScores] | None = None
     """By name, where the holdout has preferences; else left out."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(handler(self), self, ("preferences",))

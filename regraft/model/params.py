@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from regraft.late import LateFields
 from regraft.model.standin import StandinParams
+from regraft.params import Section
 
 STANDIN = "standin"
 """The value of `model.base` that stands for the model trained here, on the shipped corpus."""
@@ -13,7 +14,7 @@ STANDIN = "standin"
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 
-class Quantization(LateFields):
+class Quantization(LateFields, Section):
     """How the frozen base lies in memory while an adapter is trained and evaluated on it (QLoRA, arXiv:2305.14314)."""
 
     LATE: ClassVar[frozenset[str]] = frozenset({"unquantized"})
@@ -50,7 +51,7 @@ def keeps_fp32(unquantized: str, *, fp16: bool) -> bool:
     return unquantized == "fp32" or (unquantized == "auto" and fp16)
 
 
-class ModelParams(LateFields):
+class ModelParams(LateFields, Section):
     """The base model that adapters are trained on."""
 
     LATE: ClassVar[frozenset[str]] = frozenset({"new_tokens"})

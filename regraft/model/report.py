@@ -1,14 +1,17 @@
 """What `regraft.model` pinned."""
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from regraft.late import LateFields
 from regraft.report import Report
 
 
-class BaseReport(Report):
+class BaseReport(LateFields, Report):
     """The base model, by content: everything that is loaded later is checked against these digests."""
+
+    LATE: ClassVar[frozenset[str]] = frozenset({"new_tokens"})
 
     source: Literal["standin", "folder", "hub"]
     """Where the base came from."""
@@ -34,7 +37,3 @@ class BaseReport(Report):
     """Class of the model, from its configuration."""
     new_tokens: list[str] = Field(default_factory=list)
     """Tokens that the tokenizer was extended by; it then lies beside this report. Left out where there are none."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types; equal to that of earlier versions where no tokens were added."""
-        return {name: value for name, value in super().to_dict().items() if name != "new_tokens" or value}

@@ -1,18 +1,18 @@
 """What `preprocess` counted and measured: evidence for the supervision gate, digests for lineage."""
 
-from typing import Any
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
-from pydantic_core.core_schema import SerializerFunctionWrapHandler
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from regraft.late import LateFields
 from regraft.report import Report
-from regraft.sparse import without_defaults
 
 
-class Counts(BaseModel):
+class Counts(LateFields):
     """Where every accepted row went; `rows_in` is the sum of all others but `repeated`. The last four are left out at 0."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    LATE: ClassVar[frozenset[str]] = frozenset({"decontaminated", "near_duplicates", "repeated", "sampled"})
 
     rows_in: int
     """Rows of `data/work/validate/rows.parquet`."""
@@ -42,10 +42,6 @@ class Counts(BaseModel):
     """Training rows left out by the weight or cap of their source, by `preprocess.mix`."""
     repeated: int = 0
     """Further copies of training rows, by the weight of their source; not among the rows that came in."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_did_not_happen(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(handler(self), self, ("decontaminated", "near_duplicates", "sampled", "repeated"))
 
     @model_validator(mode="after")
     def _check_sum(self) -> "Counts":
@@ -117,8 +113,10 @@ class PreferenceCounts(BaseModel):
     """Of the answers that are not wanted, in training rows; `rows` counts also those whose other answer did not fit."""
 
 
-class PreprocessReport(Report):
+class PreprocessReport(LateFields, Report):
     """Result of the stage `preprocess`."""
+
+    LATE: ClassVar[frozenset[str]] = frozenset({"benchmarks", "preferences"})
 
     counts: Counts
     supervision: Supervision
@@ -156,7 +154,3 @@ class PreprocessReport(Report):
     """sha256 of `train-00000.arrow` (of the canonical JSON list of them, and of `pairs-*.arrow`, where there are several)."""
     holdout_digest: str
     """sha256 of `holdout-00000.arrow`, likewise with `holdout_pairs-*.arrow`."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(handler(self), self, ("benchmarks", "preferences"))

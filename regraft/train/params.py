@@ -55,7 +55,7 @@ class PreferenceParams(Section):
     """kto: weight of the answers that are not wanted; above 0, up to 100."""
 
 
-class TrainParams(LateFields):
+class TrainParams(LateFields, Section):
     """How an adapter is trained; LoRA after arXiv:2106.09685, on a quantised base after arXiv:2305.14314."""
 
     LATE: ClassVar[frozenset[str]] = frozenset({"logits_chunk", "objective", "preference", "sharding"})

@@ -1,12 +1,11 @@
 """What training measured; the training gate decides from it."""
 
-from typing import Any
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
-from pydantic_core.core_schema import SerializerFunctionWrapHandler
+from pydantic import BaseModel, ConfigDict, Field
 
+from regraft.late import LateFields
 from regraft.report import Report
-from regraft.sparse import without_defaults
 
 
 class AdaptedModule(BaseModel):
@@ -44,8 +43,10 @@ class PreferenceResult(BaseModel):
     accuracy_last: float | None
 
 
-class TrainReport(Report):
+class TrainReport(LateFields, Report):
     """How one adapter came to be, and the facts about it; equal inputs give equal bytes on a CPU."""
+
+    LATE: ClassVar[frozenset[str]] = frozenset({"preference"})
 
     base: str
     """Name of the base model, as in `adapter_config.json`."""
@@ -114,7 +115,3 @@ class TrainReport(Report):
     trainable_parameters: int
     total_parameters: int
     """Parameters of the base, as stored."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(handler(self), self, ("preference",))

@@ -1,12 +1,11 @@
 """What `validate` found: the document that the data gate, DVC and MLflow read."""
 
-from typing import Any, Self
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
-from pydantic_core.core_schema import SerializerFunctionWrapHandler
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from regraft.late import LateFields
 from regraft.report import Report
-from regraft.sparse import without_defaults
 from regraft.validate.params import Level
 
 
@@ -44,8 +43,10 @@ class TimeRange(_Part):
     last: str | None = None
 
 
-class ValidateReport(Report):
+class ValidateReport(LateFields, Report):
     """Counts and judgements; the same input and parameters give the same bytes."""
+
+    LATE: ClassVar[frozenset[str]] = frozenset({"rows_forgotten", "rows_in_other_scripts"})
 
     rows_in: int
     rows_out: int
@@ -71,10 +72,6 @@ class ValidateReport(Report):
     """Rows with more letters of other scripts than `validate.scripts` allows; left out where that is not looked at."""
     data_digest: str
     """sha256 over the accepted rows' `row_id`s, one a line, in order: moving rows between files changes nothing."""
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_was_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(handler(self), self, ("rows_forgotten", "rows_in_other_scripts"))
 
     @model_validator(mode="after")
     def _nothing_is_lost(self) -> Self:
