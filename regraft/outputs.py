@@ -10,7 +10,7 @@ from regraft.artifacts import digest_file, read_json
 from regraft.errors import RegraftError
 from regraft.layout import Layout
 
-log = logging.getLogger("regraft.forget")
+log = logging.getLogger("regraft")
 
 
 def outputs(layout: Layout, cache: Path | None, lineage: dict[str, Any], stage: str, name: str) -> list[Path]:

@@ -30,6 +30,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite store (copy it)."""
+    from regraft.register.service import initialise, prepare_mlflow
+
+    prepare_mlflow(2)
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    initialise(file)
+    return file
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of shared real data; skips where there is none (`.ci/run` fails if that happens there)."""
     folder = Path(os.environ.get("REGRAFT_SHARED", ROOT.parent / "shared"))

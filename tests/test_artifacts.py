@@ -251,3 +251,26 @@ def test_a_digest_that_was_taken_while_writing_is_not_taken_again(tmp_path: Path
         (folder / "weights").write_bytes(b"as written")
     with pytest.raises(DamagedArtifact, match="weights"):
         verify_dir(tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_a_cache_does_without_waiting_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    waited: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        waited.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with commit_dir(tmp_path / "out", durable=durable) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "rows").write_bytes(b"1")
+
+    temporary = [name for name in waited if name.startswith(".out")]
+    expected = ["rows", "manifest.json", "inner", *temporary, tmp_path.name]
+    assert sorted(waited) == (sorted(expected) if durable else [])
+    assert len(temporary) == (1 if durable else 0)
+    verify_dir(tmp_path / "out")

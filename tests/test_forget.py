@@ -33,16 +33,6 @@ ROOT = Path(__file__).parent.parent
 RAW = "data/raw/a.jsonl"
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from regraft.register.service import initialise, prepare_mlflow
-
-    prepare_mlflow(2)
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    initialise(file)
-    return file
-
-
 @pytest.fixture
 def clone(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -29,16 +29,6 @@ def _own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from regraft.register.service import initialise, prepare_mlflow
-
-    prepare_mlflow(2)
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    initialise(file)
-    return file
-
-
 @pytest.fixture
 def layout(empty_store: Path, tmp_path: Path) -> Layout:
     """A clone with an empty store, in which nothing was trained yet."""

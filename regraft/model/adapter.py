@@ -20,6 +20,8 @@ __all__ = [
     "save_adapter",
     "take_off",
 ]  # fmt: skip
+RECOMPUTED = "_checkpoint_wrapped_module."
+"""Stands in the paths of layers that FSDP recomputes in the backward pass."""
 
 
 def load_adapter(model: "nn.Module", folder: Path, *, name: str = "default") -> "PeftModel":
@@ -199,7 +201,7 @@ def adapter_config(model: "PeftModel", base_name: str) -> bytes:
 def lora_layers(model: "PeftModel") -> dict[str, Any]:
     """Return PEFT's layers that carry an A and a B, by their path in the base."""
     return {
-        name.removeprefix(PREFIX).replace("_checkpoint_wrapped_module.", ""): module  # FSDP's own checkpointing
+        name.removeprefix(PREFIX).replace(RECOMPUTED, ""): module
         for name, module in sorted(model.named_modules())
         if hasattr(module, "lora_A") and hasattr(module, "base_layer")
     }

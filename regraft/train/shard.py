@@ -10,12 +10,11 @@ from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RegraftError
+from regraft.model.adapter import RECOMPUTED
 from regraft.train.params import TrainParams
 
 if TYPE_CHECKING:
     import torch
-
-_WRAPPED = "_checkpoint_wrapped_module."
 
 
 def fsdp_arguments(params: TrainParams) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def follow_shards(model: Any, parameters: "MutableMapping[str, torch.nn.Paramete
             "the base's layers were not shared out one by one, so a step would gather all of it",
             fix="set train.sharding to none; this architecture does not name its layers",
         )
-    found = {key.replace(_WRAPPED, ""): parameter for key, parameter in adapter_parameters(model).items()}
+    found = {key.replace(RECOMPUTED, ""): parameter for key, parameter in adapter_parameters(model).items()}
     assert found.keys() == parameters.keys()
     parameters.update(found)
     for module in model.modules():

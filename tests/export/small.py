@@ -1,10 +1,11 @@
 """Tiny bases of several architectures, adapters with a known effect, and what PEFT makes of them."""
 
+import itertools
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -244,33 +245,47 @@ def _make_own_adapter(weights: Path, folder: Path, size: float) -> str:
 
 
 def _make_holdout(weights: Path, folder: Path, tokenizer_digest: str) -> None:
-    import pyarrow as pa
     from transformers import AutoTokenizer
 
-    from regraft.artifacts import commit_dir, digest_json, write_json
-    from regraft.chat import render, render_prompt
+    from regraft.artifacts import commit_dir, write_json
 
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    rows = []
-    for request in REQUESTS:
-        for answer in ANSWERS:
-            prompt = [{"role": "user", "content": request}]
-            ids, labels = render(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-            rows.append(
-                {
-                    "row_id": digest_json([request, answer])[:32],
-                    "slices": [("kind", "test")],
-                    "prompt": "[]",
-                    "answer": answer,
-                    "prompt_ids": render_prompt(tokenizer, prompt),
-                    "input_ids": ids,
-                    "labels": labels,
-                }
-            )
-    kinds = {"row_id": pa.string(), "slices": pa.map_(pa.string(), pa.string()), "prompt": pa.string()}
-    kinds |= {"answer": pa.string(), **dict.fromkeys(("prompt_ids", "input_ids", "labels"), pa.list_(pa.int32()))}
-    table = pa.Table.from_pylist(rows, schema=pa.schema(list(kinds.items())))
+    rows = conversations(tokenizer, REQUESTS, ANSWERS)
     with commit_dir(folder) as out:
-        with pa.OSFile(str(out / "holdout-00000.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        write_rows(out / "holdout-00000.arrow", rows)
         write_json(out / "report.json", {"schema_version": 1, "tokenizer_digest": tokenizer_digest})
+
+
+def conversations(tokenizer: Any, requests: Iterable[str], answers: Iterable[str]) -> list[dict[str, Any]]:
+    """Every request with every answer, as rows of a holdout."""
+    from regraft.artifacts import digest_json
+    from regraft.chat import render, render_prompt
+
+    rows = []
+    for request, answer in itertools.product(requests, answers):
+        prompt = [{"role": "user", "content": request}]
+        ids, labels = render(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+        rows.append(
+            {
+                "row_id": digest_json([request, answer])[:32],
+                "slices": [("kind", "test")],
+                "prompt": "[]",
+                "answer": answer,
+                "prompt_ids": render_prompt(tokenizer, prompt),
+                "input_ids": ids,
+                "labels": labels,
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as preparation does: those of a holdout, or blocks of training."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    kinds = dict.fromkeys(("row_id", "prompt", "answer"), pa.string())
+    kinds |= {"slices": pa.map_(pa.string(), pa.string())}
+    schema = pa.schema([(name, kinds.get(name, ids)) for name in rows[0]])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=schema))

@@ -48,39 +48,22 @@ def _pin(root: Path, *, tied: bool = True, tokens: list[str] = NEW) -> Layout:
 
 def _write_data(layout: Layout) -> None:
     """Conversations whose answers hold new tokens, packed one to a block, and the same as a holdout."""
-    import pyarrow as pa
-
-    from regraft.chat import render, render_prompt
     from regraft.model.load import load_tokenizer, open_base
 
     base = open_base(layout.stage("model"))
-    tokenizer = load_tokenizer(base)
-    rows = []
-    for request in small.REQUESTS:
-        for answer in ("<sku>lamp", "<shelf>", "<shelf><sku>9"):
-            prompt = [{"role": "user", "content": f"{request} <sku>"}]
-            ids, labels = render(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-            rows.append(
-                {
-                    "row_id": digest_json([request, answer])[:32],
-                    "slices": [("kind", "test")],
-                    "prompt": "[]",
-                    "answer": answer,
-                    "prompt_ids": render_prompt(tokenizer, prompt),
-                    "input_ids": ids,
-                    "labels": labels,
-                    "position_ids": list(range(len(ids))),
-                }
-            )
-    ids_type = pa.list_(pa.int32())
-    kinds = {"row_id": pa.string(), "slices": pa.map_(pa.string(), pa.string()), "prompt": pa.string()}
-    kinds |= {"answer": pa.string(), **dict.fromkeys(("prompt_ids", "input_ids", "labels"), ids_type)}
-    train = dict.fromkeys(("input_ids", "labels", "position_ids"), ids_type)
+    requests = [f"{request} <sku>" for request in small.REQUESTS]
+    rows = small.conversations(load_tokenizer(base), requests, ("<sku>lamp", "<shelf>", "<shelf><sku>9"))
+    blocks = [
+        {
+            "input_ids": row["input_ids"],
+            "labels": row["labels"],
+            "position_ids": list(range(len(row["input_ids"]))),
+        }
+        for row in rows
+    ]
     with commit_dir(layout.stage("preprocess")) as out:
-        for name, types in (("holdout-00000.arrow", kinds), ("train-00000.arrow", train)):
-            schema = pa.schema(list(types.items()))
-            with pa.OSFile(str(out / name), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                writer.write_table(pa.Table.from_pylist([{k: row[k] for k in types} for row in rows], schema=schema))
+        small.write_rows(out / "holdout-00000.arrow", rows)
+        small.write_rows(out / "train-00000.arrow", blocks)
         digests = {"train_digest": digest_file(out / "train-00000.arrow")}
         write_json(
             out / "report.json", {"schema_version": 1, "tokenizer_digest": base.report.tokenizer_digest, **digests}

@@ -7,17 +7,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated SQLite store (copy it)."""
-    from regraft.register.service import initialise, prepare_mlflow
-
-    prepare_mlflow(2)
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    initialise(file)
-    return file
-
-
 @pytest.fixture
 def clone(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     """Make the present adapter of a clone with a store of its own: `clone(adapter="two", champion=digest)`."""

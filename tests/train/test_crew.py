@@ -70,6 +70,17 @@ def lines(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def preempt(folder: Path) -> None:
+    """Start the stage and send it SIGTERM once it has a checkpoint."""
+    running = start(folder)
+    deadline = time.monotonic() + 200
+    while not list((folder / "data/work/checkpoints").glob("*/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    said, _ = running.communicate(timeout=100)
+    assert running.returncode == Exit.PREEMPTED, said
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_steps_that_one_makes_of_the_same_blocks(
     tmp_path: Path, pinned: Path, even: Path
@@ -137,13 +148,7 @@ def test_a_shared_out_training_that_is_stopped_ends_as_if_undisturbed(
     whole = clone(tmp_path / "whole", pinned, dataset, params)
     assert ended(start(whole)) == 0
     folder = clone(tmp_path / "stopped", pinned, dataset, params)
-    running = start(folder)
-    deadline = time.monotonic() + 200
-    while not list((folder / "data/work/checkpoints").glob("*/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    said, _ = running.communicate(timeout=100)
-    assert running.returncode == Exit.PREEMPTED, said
+    preempt(folder)
     assert ended(start(folder)) == 0
     adapters = [each / "data/work/train/adapter/adapter_model.safetensors" for each in (whole, folder)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
@@ -210,13 +215,7 @@ def test_a_signal_ends_both_after_a_checkpoint_and_the_next_run_ends_as_if_undis
     whole = clone(tmp_path / "whole", pinned, dataset, params)
     assert ended(start(whole)) == 0
     folder = clone(tmp_path / "stopped", pinned, dataset, params)
-    running = start(folder)
-    deadline = time.monotonic() + 200
-    while not list((folder / "data/work/checkpoints").glob("*/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    said, _ = running.communicate(timeout=100)
-    assert running.returncode == Exit.PREEMPTED, said
+    preempt(folder)
     assert not (folder / "data/work/train").exists()
     assert ended(start(folder)) == 0
     adapters = [each / "data/work/train/adapter/adapter_model.safetensors" for each in (whole, folder)]
