@@ -181,10 +181,11 @@ def ours(
 def trl(
     shape: dict[str, Any], bits: int, params: Any, rows: Any, *, liger: bool, warmup: int = 3
 ) -> dict[str, Any] | None:
-    """Train the same with TRL's SFTTrainer; None where `trl` (or Liger, if asked for) is not installed."""
-    if not installed("trl") or (liger and not installed("liger-kernel")):
-        return None
+    """Train the same with TRL's SFTTrainer; None where `trl` (or Liger, if asked for) is not installed, or Liger has no GPU."""
     import torch
+
+    if not installed("trl") or (liger and not (installed("liger-kernel") and torch.cuda.is_available())):
+        return None
     from peft import LoraConfig, prepare_model_for_kbit_training
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer

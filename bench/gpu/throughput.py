@@ -3,16 +3,25 @@
     python bench/gpu/throughput.py [--shape 8b] [--steps 12] [--rounds 2] [--out FOLDER] [--tiny]
 
 QLoRA (NF4, double quantisation) and LoRA on a 16-bit base. TRL with its best: bf16, SDPA, no checkpointing where ours
-has none, with Liger's kernels and without, where they are installed. Unsloth needs a model of its own making and is not
-compared here.
+has none, with Liger's kernels and without, where they are installed. Each run is a process of its own: Liger replaces
+classes of transformers for a whole process, so that whoever comes next in it would be measured with them. Unsloth needs
+a model of its own making and is not compared here.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from harness import SHAPES, goal, is_out_of_memory, make_rows, ours, report, trl
+
+METHODS = {"qlora": 4, "lora": 16}
+CONTESTANTS = ("ours", "trl", "trl, liger")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -24,25 +33,51 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kernels", choices=["plain", "fused"], default="fused")
+    parser.add_argument("--one", choices=CONTESTANTS, help="this one alone, in this process; --out is its file")
+    parser.add_argument("--method", choices=METHODS, default="qlora", help="of --one")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a dry run in seconds, on a CPU too")
     given = parser.parse_args(arguments)
     if given.tiny:
         given.shape, given.length, given.batch, given.steps, given.rounds = "tiny", 64, 1, 5, 1
+    if given.one:
+        told = attempt(runs(given, METHODS[given.method])[given.one])
+        given.out.write_text(json.dumps(told))
+        return {}
     figures: dict[str, Any] = {}
-    for method, bits in (("qlora", 4), ("lora", 16)):
+    for method in METHODS:
         found: dict[str, list[dict[str, Any]]] = {}
         for _ in range(given.rounds):
-            for name, run in runs(given, bits).items():
-                figure = attempt(run)
+            for name in CONTESTANTS:
+                figure = apart(given, method, name)
                 if figure is not None:
                     found.setdefault(name, []).append(figure)
         figures[method] = {name: summary(own) for name, own in found.items()}
     return report("throughput", figures, goals(figures), tiny=given.tiny, out=given.out)
 
 
+def apart(given: argparse.Namespace, method: str, name: str) -> dict[str, Any] | None:
+    """Run one contestant in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="regraft-bench-") as scratch:
+        out = Path(scratch) / "figures.json"
+        command = [sys.executable, __file__, "--one", name, "--method", method, "--out", str(out)]
+        for option in ("shape", "length", "batch", "steps", "kernels"):
+            command += [f"--{option}", str(getattr(given, option))]
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
+        if ended.returncode:
+            raise RuntimeError(f"{method}, {name} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
+        told: dict[str, Any] | None = json.loads(out.read_text())
+        return told
+
+
+def environment() -> dict[str, str]:
+    """Let the processes find Regraft, installed or not."""
+    path = [str(Path(__file__).parent.parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
 def runs(given: argparse.Namespace, bits: int) -> dict[str, Any]:
-    """The runs of one round, by name; each is called in turn."""
+    """The contestants by name; the one that is called has the process for itself."""
     from regraft.model.params import ModelParams
     from regraft.train.params import TrainParams
 
@@ -52,11 +87,12 @@ def runs(given: argparse.Namespace, bits: int) -> dict[str, Any]:
     common = {"max_steps": given.steps, "batch_size": given.batch, "rank": 16, "optimizer": "adamw_torch_fused"}
     params = TrainParams.model_validate({**common, "kernels": given.kernels})
     rows = make_rows(shape["vocab_size"], given.length, given.batch * given.steps)
-    return {
-        "ours": lambda: ours(shape, model, params, rows),
-        "trl": lambda: trl(shape, bits, params, rows, liger=False),
-        "trl, liger": lambda: trl(shape, bits, params, rows, liger=True),
-    }
+    made = (
+        lambda: ours(shape, model, params, rows),
+        lambda: trl(shape, bits, params, rows, liger=False),
+        lambda: trl(shape, bits, params, rows, liger=True),
+    )
+    return dict(zip(CONTESTANTS, made, strict=True))
 
 
 def attempt(run: Any) -> dict[str, Any] | None:

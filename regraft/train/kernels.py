@@ -7,12 +7,27 @@ is installed (its Triton kernels need a GPU: they were not run where this was wr
 """
 
 import logging
-from types import MethodType
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
 
 log = logging.getLogger("regraft.train")
+_replaced: list[tuple[ModuleType, str, Any]] = []
+
+
+@contextmanager
+def own_kernels() -> Iterator[None]:
+    """Put back what Liger replaced: classes and functions of transformers' modules, for every model of the process."""
+    try:
+        yield
+    finally:
+        while _replaced:
+            module, name, value = _replaced.pop()
+            setattr(module, name, value)
 
 
 def use_fused_kernels(model: Any) -> int:
@@ -115,4 +130,7 @@ def _use_liger(model: Any) -> None:
         return
     from transformers.integrations.liger import apply_liger_kernel
 
+    module = sys.modules[type(model.get_base_model()).__module__]
+    before = dict(vars(module))
     apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    _replaced.extend((module, name, value) for name, value in before.items() if vars(module)[name] is not value)

@@ -23,6 +23,7 @@ from regraft.train import crew
 from regraft.train.adapt import Trainee, make_trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import Blocks, collate, open_blocks, split
+from regraft.train.kernels import own_kernels
 from regraft.train.machine import explained, measured, reproducible
 from regraft.train.pairs import check_installed, open_pairs, reference_of
 from regraft.train.params import TrainParams
@@ -73,7 +74,7 @@ def train(
     """
     started = time.monotonic()
     stop = StopRequest()
-    with stop.listening(), explained(params, model), reproducible(params):
+    with stop.listening(), explained(params, model), reproducible(params), own_kernels():
         if params.objective != "supervised":
             check_installed(params.objective)
         opened = open_base(base)

@@ -118,3 +118,26 @@ def test_compiled_blocks_train_as_the_others_do(pinned: Path, dataset: Path, tmp
     ]
     assert reports[1].loss_last == pytest.approx(reports[0].loss_last, rel=1e-3)
     assert reports[1].loss_first == pytest.approx(reports[0].loss_first, rel=1e-4)
+
+
+def test_what_liger_replaces_for_the_whole_process_is_put_back(pinned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for Liger, whose kernels need a GPU; what it replaces is Liger's own choice (`monkey_patch.py`)."""
+    import transformers.integrations.liger
+    from transformers.models.llama import modeling_llama
+
+    from regraft.train import kernels
+
+    norm, rotary = modeling_llama.LlamaRMSNorm, modeling_llama.apply_rotary_pos_emb
+
+    def replace(model: Any, settings: dict[str, bool]) -> None:
+        monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", object)
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", len)
+
+    monkeypatch.setattr(transformers.utils, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(transformers.integrations.liger, "apply_liger_kernel", replace)
+    with pytest.raises(ValueError, match="in the middle"), kernels.own_kernels():
+        kernels._use_liger(_adapted(pinned, 16))
+        assert (modeling_llama.LlamaRMSNorm, modeling_llama.apply_rotary_pos_emb) == (object, len)
+        raise ValueError("in the middle")
+
+    assert (modeling_llama.LlamaRMSNorm, modeling_llama.apply_rotary_pos_emb) == (norm, rotary)
