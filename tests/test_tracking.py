@@ -1,12 +1,10 @@
 """Live metrics: each step once, whatever the server does, and training never waits for it."""
 
 import json
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,28 +187,6 @@ def test_another_training_gets_a_run_of_its_own(layout: Layout) -> None:
     assert [step for step, _ in logged(layout)] == [1]
     assert run_of(layout).info.status == "KILLED"
     assert run_of(layout, other).info.status == "FINISHED"
-
-
-@pytest.fixture
-def hanging() -> Iterator[str]:
-    """The address of a server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        taken: list[socket.socket] = []
-
-        def accept() -> None:
-            while True:
-                try:
-                    taken.append(listener.accept()[0])
-                except OSError:
-                    return
-
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-        for each in taken:
-            each.close()
-        thread.join(5)
 
 
 def test_a_server_that_hangs_costs_training_nothing_and_its_end_a_bounded_time(layout: Layout, hanging: str) -> None:

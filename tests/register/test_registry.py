@@ -2,13 +2,11 @@
 
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -327,28 +325,6 @@ def test_with_nothing_to_do_a_sqlite_store_is_not_asked_through_mlflow(
     register(layout)
     monkeypatch.setattr(Service, "ask", lambda *_, **__: pytest.fail("asked"))
     assert register(layout).new is False
-
-
-@pytest.fixture
-def hanging() -> Iterator[str]:
-    """The address of a server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        taken: list[socket.socket] = []
-
-        def accept() -> None:
-            while True:
-                try:
-                    taken.append(listener.accept()[0])
-                except OSError:
-                    return
-
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-        for each in taken:
-            each.close()
-        thread.join(5)
 
 
 def test_a_server_that_hangs_is_given_up_in_time_with_its_address_and_the_next_command(
