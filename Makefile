@@ -39,7 +39,7 @@ test: $(VENV)/.installed ## units, contracts, kills and the whole job (under 15 
 		--cov --cov-report=term $(ARGS)
 
 test-faults: $(VENV)/.installed ## every kill point of every stage
-	@$(BIN)/python -m pytest -m "faults" $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "faults" $(ARGS)
 
 llama-cpp: $(VENV)/.installed ## compile llama-cpp-python into .venv/ (once, 5 to 10 minutes), for tests and exports of GGUF
 	@$(BIN)/python -c "import llama_cpp" 2>/dev/null || \
