@@ -65,10 +65,13 @@ def can_chunk(model: Any, prompt_tokens: int) -> bool:
 def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUNK) -> "torch.Tensor":
     """Return what `summed_loss` does without ever holding the logits of more than `chunk` tokens.
 
-    The backward pass makes each chunk's logits again. Only for models that `can_chunk`.
+    Under a frozen output layer each chunk's gradient is made with its loss (`regraft.train.logits`); where that layer is
+    trained or adapted, the backward pass makes each chunk's logits again. Only for models that `can_chunk`.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
+
+    from regraft.train.logits import FrozenLoss, works_on
 
     inner = getattr(model, "module", model)  # of several processes each wraps its model
     targets = batch["labels"][:, 1:]
@@ -89,6 +92,11 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
         model(input_ids=batch["input_ids"], use_cache=False, **positions(inner, batch))
     finally:
         hook.remove()
+
+    dtype = autocast[0] if autocast else hidden[0].dtype
+    if works_on(layer, dtype):
+        loss: torch.Tensor = FrozenLoss.apply(hidden[0], wanted, layer, chunk, dtype)
+        return loss
 
     def part(states: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
         with torch.autocast(kind, autocast[0]) if autocast else nullcontext():
