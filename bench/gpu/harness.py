@@ -138,7 +138,7 @@ def ours(
     from regraft.model.attention import implementation
     from regraft.model.load import compute_dtype
     from regraft.train import adapt, trainer
-    from regraft.train.data import collate
+    from regraft.train.data import as_arrays, collate
     from regraft.train.loop import AdapterTrainer, Progress
 
     times: list[float] = []
@@ -163,7 +163,7 @@ def ours(
             trainee,
             trainer._arguments(trainer._settings(params, model_params, Path(scratch))),
             partial(collate, pad_id=0),
-            rows,
+            as_arrays(rows),
             params=params,
             callbacks=[Clock()],
             progress=progress,

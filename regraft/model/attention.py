@@ -98,7 +98,11 @@ def boundaries(position_ids: torch.Tensor) -> dict[str, Any]:
     """Return what `varlen_attention` needs of a batch: where documents begin when its blocks are laid end to end."""
     starts = (position_ids.flatten() == 0).nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
-    longest = int(ends.diff().max())
+    return told(ends, int(ends.diff().max()))
+
+
+def told(ends: torch.Tensor, longest: Any) -> dict[str, Any]:
+    """Return boundaries as transformers hands them to an attention function."""
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 

@@ -121,8 +121,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._seen = self._computed = self._skipped = 0
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
-        """Take the batches of one step and their number of trained tokens."""
+        """Take the batches of one step and their number of trained tokens, which is read from the GPU once, if at all."""
         batches, items = super().get_batch_samples(*args)
+        if crew.size() == 1 and all("trained" in batch for batch in batches):
+            items = sum(batch["trained"].shape[1] for batch in batches)
+        elif items is not None:
+            items = int(items)
         self._trained = items
         self._seen = sum(batch["tokens"] for batch in batches)
         self._computed = sum(batch["input_ids"].numel() for batch in batches)
@@ -211,7 +215,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.progress.grad_norm_largest = max(self.progress.grad_norm_largest, self.grad_norm)
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
         self.progress.losses.append(loss)
-        self.progress.trained.append(int(self._trained))
+        self.progress.trained.append(self._trained)
         self.progress.seen += int(seen)
         self.progress.computed += int(computed)
         return norm

@@ -24,8 +24,7 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
     from torch.nn.functional import cross_entropy
 
     inner = getattr(model, "module", model)  # of several processes each wraps its model
-    targets = batch["labels"][:, 1:]
-    trained = (targets != IGNORE).nonzero(as_tuple=True)
+    targets, trained = batch["labels"][:, 1:], _trained(batch)
 
     def select(_: Any, inputs: tuple["torch.Tensor", ...]) -> tuple["torch.Tensor", ...]:
         rows, columns = trained
@@ -43,12 +42,19 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
 
 def positions(model: Any, batch: dict[str, "torch.Tensor"]) -> dict[str, Any]:
     """Return what tells a model's attention where the documents of a batch begin."""
-    from regraft.model.attention import VARLEN, boundaries
+    from regraft.model.attention import VARLEN, told
 
     found: dict[str, Any] = {"position_ids": batch["position_ids"]}
     if model.config._attn_implementation == VARLEN:
-        found |= boundaries(batch["position_ids"])
+        found |= told(batch["ends"], batch["longest"])
     return found
+
+
+def _trained(batch: dict[str, Any]) -> "tuple[torch.Tensor, ...]":
+    """Block and place of the hidden states that predict a trained token."""
+    if "trained" in batch:
+        return tuple(batch["trained"])
+    return tuple((batch["labels"][:, 1:] != IGNORE).nonzero(as_tuple=True))
 
 
 CHUNK = 1024
@@ -74,8 +80,7 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
     from regraft.train.logits import FrozenLoss, works_on
 
     inner = getattr(model, "module", model)  # of several processes each wraps its model
-    targets = batch["labels"][:, 1:]
-    trained = (targets != IGNORE).nonzero(as_tuple=True)
+    targets, trained = batch["labels"][:, 1:], _trained(batch)
     layer, wanted = inner.get_output_embeddings(), targets[trained]
     hidden: list[torch.Tensor] = []
     autocast: list[torch.dtype] = []

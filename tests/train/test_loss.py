@@ -72,6 +72,34 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=2e-6)  # norms and softmax are fp32 inside
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_forward_pass_asks_for_no_value_that_a_gpu_has_still_to_compute(
+    tiny_base: Path, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from regraft.model import attention
+    from regraft.train.data import collate
+    from regraft.train.loss import chunked_loss, summed_loss
+
+    def kernel(query: Any, key: Any, value: Any, ends: Any, longest: int, scale: Any, window: Any) -> Any:
+        assert isinstance(longest, int)
+        return query + (key + value).repeat_interleave(query.shape[1] // key.shape[1], 1)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("this would wait for the GPU")
+
+    monkeypatch.setattr(attention, "_kernel", kernel)
+    attention.register()
+    batch = collate([_block(DOCUMENTS), _block(DOCUMENTS[:3])], pad_id=0)
+    model = _model(tiny_base, attention.VARLEN).requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    for name in ("nonzero", "item", "tolist", "__int__", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    loss = summed_loss(model, batch) if chunk is None else chunked_loss(model, batch, chunk)
+    loss.backward()
+
+
 def test_logits_are_computed_for_trained_tokens_only(tiny_base: Path) -> None:
     from regraft.train.data import collate
     from regraft.train.loss import summed_loss
