@@ -131,8 +131,8 @@ class AddedLinear(torch.autograd.Function):
 
 
 def _folded(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """PEFT's `Linear.forward`, folded while the trained adapter is the one in use."""
-    if not _in_use(self, args, kwargs):
+    """PEFT's `Linear.forward`, folded while the trained adapter is the one in use and nothing is cast to 16 bits."""
+    if torch.is_autocast_enabled(x.device.type) or not _in_use(self, args, kwargs):
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
     return FoldedLinear.apply(x, a, b, self.base_layer, self.scaling["default"])  # type: ignore[no-any-return]

@@ -142,6 +142,19 @@ def test_a_bf16_step_of_added_layers_is_pefts_but_for_rounding_with_recomputed_a
     assert all(bool((again[key] == own[key]).all()) for key in own)
 
 
+def test_a_base_in_fp32_is_not_folded_while_products_are_cast_to_16_bits(pinned: Path) -> None:
+    from regraft.train.kernels import use_fused_kernels
+
+    found = []
+    for fused in (False, True):
+        model = _adapted(pinned, 32).float()
+        if fused:
+            use_fused_kernels(model)
+        found.append(_step(model, autocast=True))
+    assert found[0][0] == found[1][0]
+    assert all(bool((found[0][1][key] == found[1][1][key]).all()) for key in found[0][1])
+
+
 def test_layers_that_read_one_input_keep_it_once(pinned: Path) -> None:
     import torch
 
