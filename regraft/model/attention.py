@@ -141,8 +141,7 @@ def _trial(heads: int, key_heads: int, width: int, dtype: torch.dtype, device: s
         for attend in (_by_kernel, _by_document):
             q, k, v = (tensor.clone().requires_grad_() for tensor in inputs)
             out = attend(q, k, v, ends)
-            out.backward(g)
-            found.append([tensor.detach().float() for tensor in (out, q.grad, k.grad, v.grad) if tensor is not None])
+            found.append([each.detach().float() for each in (out, *torch.autograd.grad(out, (q, k, v), g))])
     except (RuntimeError, TypeError, ImportError) as error:
         return f"torch {torch.__version__}'s kernel fails here: {str(error).splitlines()[0]}"
     for one, other in zip(*found, strict=True):
@@ -159,8 +158,8 @@ def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.
     """SDPA on one document after the other."""
     out = []
     for first, last in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        parts = (tensor[first:last].transpose(0, 1)[None] for tensor in (q, k, v))
-        attended = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+        query, key, value = (tensor[first:last].transpose(0, 1)[None] for tensor in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         out.append(attended[0].transpose(0, 1))
     return torch.cat(out)
 

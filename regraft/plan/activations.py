@@ -48,7 +48,9 @@ def activations(architecture: Architecture, setup: Setup) -> Kept:
     per_logit, states = 12 + (2 if a.softcap else 0), 0
     if setup.chunk is not None and not a.softcap:
         saved += stream * a.hidden * trained  # of each chunk's states, or their gradient
-        if not setup.remade:  # logits and their softmax, while the forward pass still holds the states beside the gradient
+        if (
+            not setup.remade
+        ):  # logits and their softmax, while the forward pass still holds the states beside the gradient
             per_logit, states = 8, stream * a.hidden * trained
         trained = min(trained, setup.chunk)
     logits = per_logit * a.vocabulary * trained + states

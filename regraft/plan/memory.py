@@ -165,7 +165,9 @@ def _optimizer(sizes: list[int], name: str) -> tuple[int, int]:
     states = 1 if "lion" in name else 2
     on_gpu = paged = 0
     for size in sizes:
-        small = "8bit" not in name or size < 4096  # which keep fp32 states; the others a byte and, for each block, a scale
+        small = (
+            "8bit" not in name or size < 4096
+        )  # which keep fp32 states; the others a byte and, for each block, a scale
         held, scales = (4 * size, 0) if small else (size, 4 * math.ceil(size / 256))
         if name.startswith("paged") and size >= _PAGED:
             paged, on_gpu = paged + states * held, on_gpu + states * scales

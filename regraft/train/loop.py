@@ -23,6 +23,7 @@ from regraft.train.adapt import START, Trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import IGNORE, batches, moved
 from regraft.train.loss import CHUNK, can_chunk, chunked_loss, summed_loss
+from regraft.train.machine import spare_walks
 from regraft.train.params import TrainParams
 from regraft.train.shard import enable_sharding, follow_shards, gathered, load_states, whole, whole_states
 from regraft.train.speed import Speed
@@ -116,6 +117,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.best: bytes | None = None
         self._chunk = _logits_chunk(params, trainee)
         self._sharded = params.sharding == "full"
+        if not self._sharded:
+            spare_walks(self.model, trainee.parameters)
         self.grad_norm = self.learning_rate = 0.0
         self._loss = torch.zeros(())
         self._seen = self._computed = self._skipped = 0

@@ -227,7 +227,9 @@ def _settings(params: TrainParams, model: ModelParams, scratch: Path) -> dict[st
         "fp16": dtype is torch.float16,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
-        **({"accelerator_config": {"non_blocking": True}} if on_gpu else {}),  # batches are copied while a step computes
+        **(
+            {"accelerator_config": {"non_blocking": True}} if on_gpu else {}
+        ),  # batches are copied while a step computes
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,

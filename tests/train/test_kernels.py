@@ -115,7 +115,6 @@ def test_an_added_layer_is_at_least_as_near_to_the_exact_sums_as_pefts_in_bf16(p
         assert (y.dtype, gx.dtype, a.grad.dtype, b.grad.dtype) == (x.dtype, x.dtype, torch.float32, torch.float32)
         found = [y, gx, a.grad, b.grad]
         errors.append([float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)])
-    print(bits, errors)
     assert all(own <= 1.001 * pefts < 0.01 for pefts, own in zip(*errors, strict=True))
 
 

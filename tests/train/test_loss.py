@@ -197,13 +197,14 @@ def test_in_bf16_a_frozen_output_layer_gives_gradients_as_near_as_autocasts() ->
         return torch.nn.functional.cross_entropy(layer(x).float(), labels, reduction="sum")
 
     layer = layer.bfloat16().float()
-    exact = gradient(lambda x: torch.nn.functional.cross_entropy(layer.double()(x), labels, reduction="sum"), states.double())
+    exact = gradient(
+        lambda x: torch.nn.functional.cross_entropy(layer.double()(x), labels, reduction="sum"), states.double()
+    )
     layer = layer.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         theirs = gradient(whole, states)
         own = gradient(lambda x: FrozenLoss.apply(x, labels, layer, 64, torch.bfloat16), states)
     errors = [float((each - exact).norm() / exact.norm()) for each in (theirs, own)]
-    print(errors)
     assert errors[1] < 1.2 * errors[0] < 0.02
     assert works_on(layer, torch.bfloat16)
     assert not works_on(layer, torch.float16)  # too small a gradient for its range
