@@ -5,6 +5,7 @@ Attention is the kernel that a GPU would take. Allocations are rounded to 512 by
 """
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -87,6 +88,12 @@ def step(config: Any, setup: Setup) -> dict[str, int]:
         with stay, still:
             model = get_peft_model(model, lora)
         found["adapter"] = held.now - found["base"]
+        if setup.fused:
+            from regraft.train.kernels import use_fused_kernels
+
+            assert use_fused_kernels(model) == len(names)
+        if setup.liger:
+            _as_liger(model)
         if setup.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         for parameter in model.parameters():
@@ -101,6 +108,40 @@ def step(config: Any, setup: Setup) -> dict[str, int]:
             loss.backward()
         found["peak"] = held.peak - before
     return found
+
+
+def _as_liger(model: Any) -> None:
+    """Norms and gates that keep what Liger's do (liger_kernel 0.8.5, ops/rms_norm.py and ops/swiglu.py)."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            module.forward = functools.partial(lambda module, x: _Norm.apply(x, module.weight), module)
+        elif kind.endswith("MLP"):
+            module.forward = functools.partial(
+                lambda module, x: module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x))), module
+            )
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any) -> Any:
+        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return g, None  # in place
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Any, b: Any) -> Any:
+        ctx.save_for_backward(a, b)
+        return torch.empty_like(a)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return ctx.saved_tensors  # in place
 
 
 def _loss(model: Any, setup: Setup) -> torch.Tensor:
@@ -161,6 +202,7 @@ def _quantized(layer: Any) -> Any:
             )
             self.weight = torch.nn.Parameter(packed, requires_grad=False)
             self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
+            self.weight.quant_state = self.state
             self.bias, self.compute_dtype = layer.bias, torch.bfloat16
 
         def forward(self, x: Any) -> Any:

@@ -138,7 +138,7 @@ def ours(
     from regraft.model.attention import implementation
     from regraft.model.load import compute_dtype
     from regraft.train import adapt, trainer
-    from regraft.train.data import collate
+    from regraft.train.data import as_arrays, collate
     from regraft.train.loop import AdapterTrainer, Progress
 
     times: list[float] = []
@@ -163,7 +163,7 @@ def ours(
             trainee,
             trainer._arguments(trainer._settings(params, model_params, Path(scratch))),
             partial(collate, pad_id=0),
-            rows,
+            as_arrays(rows),
             params=params,
             callbacks=[Clock()],
             progress=progress,
@@ -173,20 +173,27 @@ def ours(
     figures["adapter_norm"] = float(
         torch.sqrt(sum(p.detach().double().square().sum() for p in trainee.parameters.values()))  # type: ignore[arg-type]
     )
+    figures["paged_mib"] = round(_paged(run.optimizer) / 2**20, 1)
     del run, trainee
     free()
     return figures
 
 
+def _paged(optimizer: Any) -> int:
+    """Bytes of optimizer states that may lie in the host's memory: torch counts none of them."""
+    states = getattr(optimizer, "optimizer", optimizer).state.values()
+    return sum(v.nbytes for state in states for v in state.values() if getattr(v, "is_paged", False))
+
+
 def trl(
     shape: dict[str, Any], bits: int, params: Any, rows: Any, *, liger: bool, warmup: int = 3
 ) -> dict[str, Any] | None:
-    """Train the same with TRL's SFTTrainer; None where `trl` (or Liger, if asked for) is not installed, or Liger has no GPU."""
+    """Train the same with TRL's SFTTrainer; None where `trl` (or Liger, if asked for, and its GPU) is not there."""
     import torch
 
     if not installed("trl") or (liger and not (installed("liger-kernel") and torch.cuda.is_available())):
         return None
-    from peft import LoraConfig, prepare_model_for_kbit_training
+    from peft import LoraConfig
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -203,9 +210,7 @@ def trl(
 
     free()
     on_gpu = torch.cuda.is_available()
-    model = make_model(shape, bits, attention="sdpa")
-    if bits < 16:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = make_model(shape, bits, attention="sdpa")  # its stream stays in 16 bits: SFTTrainer casts nothing to fp32
     reset_peak()
     with tempfile.TemporaryDirectory(prefix="regraft-bench-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -4,6 +4,8 @@ A packed block holds several documents whose positions restart. With `sdpa` and 
 block-diagonal mask from those positions; `varlen` never computes the pairs that such a mask would hide.
 """
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,7 +98,11 @@ def boundaries(position_ids: torch.Tensor) -> dict[str, Any]:
     """Return what `varlen_attention` needs of a batch: where documents begin when its blocks are laid end to end."""
     starts = (position_ids.flatten() == 0).nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
-    longest = int(ends.diff().max())
+    return told(ends, int(ends.diff().max()))
+
+
+def told(ends: torch.Tensor, longest: Any) -> dict[str, Any]:
+    """Return boundaries as transformers hands them to an attention function."""
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -111,12 +117,51 @@ def _kernel(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = query.shape[1] != key.shape[1]
-    out = varlen_attn(
-        query, key, value, ends, ends, longest, longest, scale=scale, window_size=window, enable_gqa=grouped
-    )
+    settings: dict[str, Any] = {"scale": scale, "window_size": window}
+    # Later versions of torch want to be told of heads in groups; 2.11 takes them as they come.
+    if query.shape[1] != key.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        settings["enable_gqa"] = True
+    out = varlen_attn(query, key, value, ends, ends, longest, longest, **settings)
     assert isinstance(out, torch.Tensor)
     return out
+
+
+@cache
+def _trial(heads: int, key_heads: int, width: int, dtype: torch.dtype, device: str = "cuda") -> str | None:
+    """Attend once, forward and back, with a model's heads; say what went wrong, if anything.
+
+    The kernel's interface is a young one: its arguments have changed between versions of torch.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((48, heads, width), (48, key_heads, width), (48, key_heads, width), (48, heads, width))
+    *inputs, g = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes)
+    ends = torch.tensor([0, 20, 48], dtype=torch.int32, device=device)
+    found = []
+    try:
+        for attend in (_by_kernel, _by_document):
+            q, k, v = (tensor.clone().requires_grad_() for tensor in inputs)
+            out = attend(q, k, v, ends)
+            found.append([each.detach().float() for each in (out, *torch.autograd.grad(out, (q, k, v), g))])
+    except (RuntimeError, TypeError, ImportError) as error:
+        return f"torch {torch.__version__}'s kernel fails here: {str(error).splitlines()[0]}"
+    for one, other in zip(*found, strict=True):
+        if not float((one - other).norm()) <= 0.03 * float(other.norm()):
+            return f"torch {torch.__version__}'s kernel computes something else than SDPA here"
+    return None
+
+
+def _by_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return _kernel(q, k, v, ends, int(ends.diff().max()), None, (-1, 0))
+
+
+def _by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """SDPA on one document after the other."""
+    out = []
+    for first, last in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        query, key, value = (tensor[first:last].transpose(0, 1)[None] for tensor in (q, k, v))
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        out.append(attended[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 def _obstacle(dtype: torch.dtype, config: Any) -> str | None:
@@ -133,4 +178,5 @@ def _obstacle(dtype: torch.dtype, config: Any) -> str | None:
         return f"its heads of {width} are wider than 256"
     if getattr(text, "attn_logit_softcapping", None):
         return "this model caps its attention scores"
-    return None
+    heads = text.num_attention_heads
+    return _trial(heads, getattr(text, "num_key_value_heads", None) or heads, width, dtype)

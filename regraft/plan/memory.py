@@ -16,12 +16,15 @@ from regraft.plan.setup import Setup, adapted, is_quantized, plain_bytes
 MIB = 2**20
 _BLOCK, _NESTED = 64, 256
 """Weights under one scale, and scales under one scale of theirs (bitsandbytes; arXiv:2305.14314)."""
+_PAGED = 100_000
+"""Values from which on bitsandbytes pages a tensor's states; the scales of their blocks stay on the GPU."""
 CUDA_CONTEXT = 450 * MIB
 """What a process holds on a card before its first tensor: the driver's context and loaded kernels. Not measured here."""
 CPU_CONTEXT = 390 * MIB
 """What a process on a CPU grows by before its first tensor: the libraries that training loads. Measured once."""
-LIBRARIES = 40 * MIB
-"""cuBLAS's workspace with the deterministic setting (32 MiB), and small change."""
+LIBRARIES = 72 * MIB
+"""cuBLAS's workspaces with the deterministic setting (32 MiB for the thread of the forward pass, and for that of the
+backward pass, which have a handle each), and small change."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,14 @@ def _weights(architecture: Architecture, setup: Setup) -> tuple[int, int]:
 def _optimizer(sizes: list[int], name: str) -> tuple[int, int]:
     """Return the bytes of the optimizer's state on the GPU, and those that may be paged out."""
     states = 1 if "lion" in name else 2
-    if "8bit" not in name:
-        total = states * 4 * sum(sizes)
-    else:  # tensors under 4,096 values keep fp32 states; the others a byte and a scale for each block of 256
-        total = sum(states * (4 * size if size < 4096 else size + 4 * math.ceil(size / 256)) for size in sizes)
-    return (0, total) if name.startswith("paged") else (total, 0)
+    on_gpu = paged = 0
+    for size in sizes:
+        small = (
+            "8bit" not in name or size < 4096
+        )  # which keep fp32 states; the others a byte and, for each block, a scale
+        held, scales = (4 * size, 0) if small else (size, 4 * math.ceil(size / 256))
+        if name.startswith("paged") and size >= _PAGED:
+            paged, on_gpu = paged + states * held, on_gpu + states * scales
+        else:
+            on_gpu += states * (held + scales)
+    return on_gpu, paged

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from regraft.errors import ParamsError
 from regraft.model.adapter import matches
@@ -54,6 +55,13 @@ class Setup:
 
     chunk: int | None = None
     """Trained tokens whose logits are held at once (`logits_chunk`, or `kernels: fused` on a GPU); None for all."""
+    remade: bool = False
+    """A chunk's logits are made again in the backward pass, not used up at once: the output layer is trained, or fp16 is
+    computed in, or the objective has chunks of its own."""
+    fused: bool = False
+    """Adapted layers are one operation each (`kernels: fused`), which keeps an input once for all that read it."""
+    liger: bool = False
+    """Norms and gates are Liger's, for the architectures that it has them for: they keep their inputs alone."""
     unquantized_fp32: bool = False
     """What stays unquantised of a 4- or 8-bit base is cast to fp32, and with it the stream between layers."""
     shards: int = 1
@@ -88,6 +96,7 @@ def setup_from(
     pairs, odds = train.objective != "supervised", train.objective == "orpo"
     targets = train.target_modules
     sixteen = quantization.compute_dtype in ("bf16", "fp16") or (quantization.compute_dtype == "auto" and on_gpu)
+    fused = train.kernels == "fused" and sixteen
     fp16 = quantization.compute_dtype == "fp16" or (quantization.compute_dtype == "auto" and on_gpu and not bf16)
     return Setup(
         bits=quantization.bits,
@@ -101,6 +110,9 @@ def setup_from(
         or (CHUNK if train.kernels == "fused" and on_gpu and train.method != "prompt" and not odds else None)
         # TRL makes and forgets logits in chunks, but for ORPO's, which it makes of every position.
         or (CHUNK if pairs and not odds else None),
+        remade=fp16 or pairs or bool(train.modules_to_save or train.trainable_tokens or model.new_tokens),
+        fused=fused and quantization.bits in (4, 16) and not (train.dropout or train.dora),
+        liger=fused and on_gpu and find_spec("liger_kernel") is not None,
         unquantized_fp32=keeps_fp32(quantization.unquantized, fp16=fp16),
         shards=train.processes if train.sharding == "full" else 1,
         on_gpu=on_gpu,

@@ -68,6 +68,11 @@ def split(rows: "datasets.Dataset", share: float) -> tuple["datasets.Dataset", "
     return rows.select(kept), rows.select(held_out)
 
 
+def as_arrays(rows: "datasets.Dataset") -> "datasets.Dataset":
+    """Return rows whose columns are read as arrays: lists of thousands of tokens take ten times as long to batch."""
+    return rows.with_format("numpy")
+
+
 def batches(rows: "datasets.Dataset", batch_size: int, pad_id: int) -> Iterator[dict[str, Any]]:
     """Yield all blocks once, in their order, as `collate` makes them."""
     for first in range(0, len(rows), batch_size):
@@ -87,9 +92,14 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[st
     is never a target: it would be predicted from another document.
 
     Returns:
-        `input_ids`, `labels`, `position_ids`, int64 of (blocks, longest block); `tokens`, how many are not padding.
+        `input_ids`, `labels`, `position_ids`, int64 of (blocks, longest block); `tokens`, how many are not padding. And
+        what the step would have to ask a GPU for, waiting for all that it has still to do: `trained`, int64 of (2,
+        trained tokens), block and place of the states that predict a trained token; `ends`, int32, where documents begin
+        in the flattened batch, and its end; `longest`, the longest of them.
     """
     import torch
+
+    from regraft.model.attention import boundaries
 
     longest = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), longest), pad_id)
@@ -102,9 +112,13 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[st
         position_ids[index, :length] = torch.as_tensor(row["position_ids"])
         position_ids[index, length:] = torch.arange(longest - length)
     labels[position_ids == 0] = IGNORE
+    documents = boundaries(position_ids)
     return {
         "input_ids": input_ids,
         "labels": labels,
         "position_ids": position_ids,
         "tokens": sum(len(row["input_ids"]) for row in rows),
+        "trained": (labels[:, 1:] != IGNORE).nonzero().T.contiguous(),
+        "ends": documents["cu_seq_lens_q"],
+        "longest": documents["max_length_q"],
     }

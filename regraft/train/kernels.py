@@ -2,8 +2,9 @@
 
 On a CPU (and wherever the base computes in fp32) an adapted layer multiplies once, by W₀ + s·BA, instead of three times
 and two passes over its output; its backward pass takes the gradients of A and B through the rank. In 16 bits that sum
-would round small updates away, so there PEFT's own operations stay, and Liger's kernels are used where `liger-kernel`
-is installed (its Triton kernels need a GPU: they were not run where this was written).
+would round small updates away: there B's product is added to the base's output within its own multiplication, and the
+layers that read one input share one copy of it (PEFT casts a 16-bit base's input to fp32 and back for each). On a GPU
+Liger's kernels are used besides, where `liger-kernel` is installed (they were not run where this was written).
 """
 
 import logging
@@ -31,18 +32,24 @@ def own_kernels() -> Iterator[None]:
 
 
 def use_fused_kernels(model: Any) -> int:
-    """Replace what can be replaced in an adapted model, in place, and return the number of layers that were folded."""
+    """Replace what can be replaced in an adapted model, in place, and return the number of layers that were."""
     from regraft.model.adapter import lora_layers
 
-    folded = 0
-    for layer in lora_layers(model).values():
-        if _can_fold(layer):
-            layer.forward = MethodType(_forward, layer)
+    layers = lora_layers(model).values()
+    folded = added = 0
+    for layer in layers:
+        if not _is_plain(layer):
+            continue
+        if _held_in(layer) in (torch.float32, torch.float64):
+            layer.forward = MethodType(_folded, layer)
             folded += 1
+        elif _held_in(layer) in (torch.bfloat16, torch.float16):
+            layer.forward = MethodType(_added, layer)
+            added += 1
     if torch.cuda.is_available():
         _use_liger(model)
-    log.info("fused kernels: %d of %d adapted layers folded", folded, len(lora_layers(model)))
-    return folded
+    log.info("fused kernels: %d of %d adapted layers folded, %d added in 16 bits", folded, len(layers), added)
+    return folded + added
 
 
 def compile_blocks(model: Any) -> int:
@@ -87,16 +94,68 @@ class FoldedLinear(torch.autograd.Function):
         return gx, ga.mul_(ctx.scale), gb.mul_(ctx.scale), None, None
 
 
-def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """PEFT's `Linear.forward` for one active adapter that is not merged."""
-    if self.disable_adapters:
-        return self.base_layer(x)  # type: ignore[no-any-return]
+class AddedLinear(torch.autograd.Function):
+    """y = xWᵀ + b + s·(xAᵀ)Bᵀ in 16 bits, with gradients for x, A and B; A and B are held in fp32.
+
+    Both sums are taken by the matrix products themselves: no term of (tokens, out) lies beside the output, none is
+    rounded by itself, and none is passed over again. Kept are x, xAᵀ and the 16-bit A and B; a quantised W is made again
+    in the backward pass. The gradients of A and B are scaled in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: Any, scale: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Compute y in `dtype` for x of (..., in), A of (rank, in) and B of (out, rank)."""
+        ctx.wide = a.dtype
+        x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        y: torch.Tensor = base(x)
+        low = x.flatten(0, -2) @ a.T
+        y.view(-1, y.shape[-1]).addmm_(low, b.T, alpha=scale)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.base, ctx.scale = base, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Compute the gradients: ∂L/∂x = gW + s·(gB)A, ∂L/∂A = s·(gB)ᵀx, ∂L/∂B = s·gᵀ(xAᵀ)."""
+        x, a, b, low = ctx.saved_tensors
+        rows = g.flatten(0, -2)
+        through = rows @ b
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = (rows @ _weight(ctx.base)).addmm_(through, a, alpha=ctx.scale).view(x.shape)
+        ga = (through.T @ x.flatten(0, -2)).to(ctx.wide)
+        gb = (rows.T @ low).to(ctx.wide)
+        return gx, ga.mul_(ctx.scale), gb.mul_(ctx.scale), None, None, None
+
+
+def _folded(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PEFT's `Linear.forward`, folded while the trained adapter is the one in use and nothing is cast to 16 bits."""
+    if torch.is_autocast_enabled(x.device.type) or not _in_use(self, args, kwargs):
+        return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
     return FoldedLinear.apply(x, a, b, self.base_layer, self.scaling["default"])  # type: ignore[no-any-return]
 
 
+def _added(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PEFT's `Linear.forward` under autocast in the type that the base computes in."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if dtype is not _held_in(self) or not x.numel() or not _in_use(self, args, kwargs):
+        return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
+    a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+    y: torch.Tensor = AddedLinear.apply(x, a, b, self.base_layer, self.scaling["default"], dtype)
+    return y.to(x.dtype) if hasattr(self.base_layer.weight, "quant_state") else y  # as bitsandbytes' layers do
+
+
+def _in_use(layer: Any, args: Any, kwargs: Any) -> bool:
+    """Say whether a call means the trained adapter, alone and not merged; a reference may be switched on instead."""
+    return layer.active_adapters == ["default"] and not (layer.disable_adapters or layer.merged or args or kwargs)
+
+
 def _weight(base: Any) -> torch.Tensor:
-    """The base's weight in fp32 as (out, in), dequantised where it is held in 4 bits."""
+    """The base's weight as (out, in), dequantised where it is held in 4 bits."""
     held: torch.Tensor = base.weight
     if not hasattr(held, "quant_state"):
         return held
@@ -106,18 +165,21 @@ def _weight(base: Any) -> torch.Tensor:
     return weight
 
 
-def _can_fold(layer: Any) -> bool:
-    base, weight = layer.get_base_layer(), layer.get_base_layer().weight
-    exact = (
-        weight.quant_state.dtype if hasattr(weight, "quant_state") and weight.quant_state is not None else weight.dtype
-    )
+def _held_in(layer: Any) -> torch.dtype:
+    """The type that a layer's base is held in, or dequantised to."""
+    weight: Any = layer.base_layer.weight
+    state = getattr(weight, "quant_state", None)
+    return weight.dtype if state is None else state.dtype  # type: ignore[no-any-return]
+
+
+def _is_plain(layer: Any) -> bool:
+    """Say whether a layer's adapter is A and B alone on a linear layer whose weights can be had as floats."""
     return (
-        isinstance(base, torch.nn.Linear)
-        and exact in (torch.float32, torch.float64)
+        isinstance(layer.get_base_layer(), torch.nn.Linear)
         and not layer.use_dora["default"]
         and not layer.lora_bias["default"]
         and isinstance(layer.lora_dropout["default"], torch.nn.Identity)
-        and weight.dtype != torch.int8
+        and layer.get_base_layer().weight.dtype != torch.int8
     )
 
 

@@ -23,6 +23,7 @@ from regraft.train.adapt import START, Trainee
 from regraft.train.checkpoint import Checkpoints
 from regraft.train.data import IGNORE, batches, moved
 from regraft.train.loss import CHUNK, can_chunk, chunked_loss, summed_loss
+from regraft.train.machine import spare_walks
 from regraft.train.params import TrainParams
 from regraft.train.shard import enable_sharding, follow_shards, gathered, load_states, whole, whole_states
 from regraft.train.speed import Speed
@@ -116,13 +117,19 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.best: bytes | None = None
         self._chunk = _logits_chunk(params, trainee)
         self._sharded = params.sharding == "full"
+        if not self._sharded:
+            spare_walks(self.model, trainee.parameters)
         self.grad_norm = self.learning_rate = 0.0
         self._loss = torch.zeros(())
         self._seen = self._computed = self._skipped = 0
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
-        """Take the batches of one step and their number of trained tokens."""
+        """Take the batches of one step and their number of trained tokens, which is read from the GPU once, if at all."""
         batches, items = super().get_batch_samples(*args)
+        if crew.size() == 1 and all("trained" in batch for batch in batches):
+            items = sum(batch["trained"].shape[1] for batch in batches)
+        elif items is not None:
+            items = int(items)
         self._trained = items
         self._seen = sum(batch["tokens"] for batch in batches)
         self._computed = sum(batch["input_ids"].numel() for batch in batches)
@@ -211,7 +218,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.progress.grad_norm_largest = max(self.progress.grad_norm_largest, self.grad_norm)
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
         self.progress.losses.append(loss)
-        self.progress.trained.append(int(self._trained))
+        self.progress.trained.append(self._trained)
         self.progress.seen += int(seen)
         self.progress.computed += int(computed)
         return norm

@@ -24,8 +24,7 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
     from torch.nn.functional import cross_entropy
 
     inner = getattr(model, "module", model)  # of several processes each wraps its model
-    targets = batch["labels"][:, 1:]
-    trained = (targets != IGNORE).nonzero(as_tuple=True)
+    targets, trained = batch["labels"][:, 1:], _trained(batch)
 
     def select(_: Any, inputs: tuple["torch.Tensor", ...]) -> tuple["torch.Tensor", ...]:
         rows, columns = trained
@@ -43,12 +42,19 @@ def summed_loss(model: Any, batch: dict[str, "torch.Tensor"], prompt_tokens: int
 
 def positions(model: Any, batch: dict[str, "torch.Tensor"]) -> dict[str, Any]:
     """Return what tells a model's attention where the documents of a batch begin."""
-    from regraft.model.attention import VARLEN, boundaries
+    from regraft.model.attention import VARLEN, told
 
     found: dict[str, Any] = {"position_ids": batch["position_ids"]}
     if model.config._attn_implementation == VARLEN:
-        found |= boundaries(batch["position_ids"])
+        found |= told(batch["ends"], batch["longest"])
     return found
+
+
+def _trained(batch: dict[str, Any]) -> "tuple[torch.Tensor, ...]":
+    """Block and place of the hidden states that predict a trained token."""
+    if "trained" in batch:
+        return tuple(batch["trained"])
+    return tuple((batch["labels"][:, 1:] != IGNORE).nonzero(as_tuple=True))
 
 
 CHUNK = 1024
@@ -65,14 +71,16 @@ def can_chunk(model: Any, prompt_tokens: int) -> bool:
 def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUNK) -> "torch.Tensor":
     """Return what `summed_loss` does without ever holding the logits of more than `chunk` tokens.
 
-    The backward pass makes each chunk's logits again. Only for models that `can_chunk`.
+    Under a frozen output layer each chunk's gradient is made with its loss (`regraft.train.logits`); where that layer is
+    trained or adapted, the backward pass makes each chunk's logits again. Only for models that `can_chunk`.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
 
+    from regraft.train.logits import FrozenLoss, works_on
+
     inner = getattr(model, "module", model)  # of several processes each wraps its model
-    targets = batch["labels"][:, 1:]
-    trained = (targets != IGNORE).nonzero(as_tuple=True)
+    targets, trained = batch["labels"][:, 1:], _trained(batch)
     layer, wanted = inner.get_output_embeddings(), targets[trained]
     hidden: list[torch.Tensor] = []
     autocast: list[torch.dtype] = []
@@ -89,6 +97,11 @@ def chunked_loss(model: Any, batch: dict[str, "torch.Tensor"], chunk: int = CHUN
         model(input_ids=batch["input_ids"], use_cache=False, **positions(inner, batch))
     finally:
         hook.remove()
+
+    dtype = autocast[0] if autocast else hidden[0].dtype
+    if works_on(layer, dtype):
+        loss: torch.Tensor = FrozenLoss.apply(hidden[0], wanted, layer, chunk, dtype)
+        return loss
 
     def part(states: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
         with torch.autocast(kind, autocast[0]) if autocast else nullcontext():

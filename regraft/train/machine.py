@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.errors import RegraftError
 from regraft.model.load import device
 from regraft.model.params import ModelParams
 from regraft.train.params import TrainParams
 from regraft.train.speed import Speed, rates
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -72,6 +75,28 @@ def explained(params: TrainParams, model: ModelParams) -> Iterator[None]:
             f"{model.quantization.bits}-bit weights: {text.splitlines()[0] if text else type(error).__name__}",
             fix=f"set {', or '.join(s for s in smaller if s) or 'a smaller preprocess.block_length'} in params.yaml",
         ) from error
+
+
+def spare_walks(model: Any, parameters: "Mapping[str, torch.nn.Parameter]") -> None:
+    """Keep the Trainer from walking through all modules to say what they know, and to look for gradients.
+
+    A model of 32 layers with its adapter has 2,700 modules: 12 ms of Python in each step, while a GPU waits.
+
+    Args:
+        model: is put into training mode.
+        parameters: all that is trained; the same dict is read at each step.
+    """
+    model.train()
+
+    def train(mode: bool = True) -> Any:
+        return model if mode is model.training else type(model).train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        assert set_to_none
+        for parameter in parameters.values():
+            parameter.grad = None
+
+    model.train, model.zero_grad = train, zero_grad
 
 
 def measured(

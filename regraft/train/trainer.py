@@ -22,7 +22,7 @@ from regraft.model.params import ModelParams
 from regraft.train import crew
 from regraft.train.adapt import Trainee, make_trainee
 from regraft.train.checkpoint import Checkpoints
-from regraft.train.data import Blocks, collate, open_blocks, split
+from regraft.train.data import Blocks, as_arrays, collate, open_blocks, split
 from regraft.train.kernels import own_kernels
 from regraft.train.machine import explained, measured, reproducible
 from regraft.train.pairs import check_installed, open_pairs, reference_of
@@ -164,19 +164,15 @@ def _train(
         recorder = Recorder(params, store, stop, progress, speed)
         with tempfile.TemporaryDirectory(prefix="regraft-trainer-") as scratch:
             settings = _settings(params, model, Path(scratch))
-            own: dict[str, Any] = {
-                "params": params,
-                "progress": progress,
-                "callbacks": [recorder],
-                "held_out": held_out,
-            }
+            own: dict[str, Any] = {"params": params, "progress": progress, "callbacks": [recorder]}
             if params.objective == "supervised":
                 collator = partial(collate, pad_id=pad_id)
-                trainer = AdapterTrainer(trainee, _arguments(settings), collator, rows, **own)
+                own["held_out"] = held_out and as_arrays(held_out)
+                trainer = AdapterTrainer(trainee, _arguments(settings), collator, as_arrays(rows), **own)
             else:
                 from regraft.train.preference import make_trainer
 
-                trainer = make_trainer(trainee, settings, rows, tokenizer, **own)
+                trainer = make_trainer(trainee, settings, rows, tokenizer, held_out=held_out, **own)
             recorder.trainer = trainer
             if stop.requested:
                 raise Preempted(f"stopped by {stop.requested} before the first step", fix="run the same command again")
@@ -231,6 +227,9 @@ def _settings(params: TrainParams, model: ModelParams, scratch: Path) -> dict[st
         "fp16": dtype is torch.float16,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
+        **(
+            {"accelerator_config": {"non_blocking": True}} if on_gpu else {}
+        ),  # batches are copied while a step computes
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,

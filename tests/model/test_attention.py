@@ -59,9 +59,72 @@ def test_auto_takes_the_variable_length_kernel_where_gpu_and_model_can(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("regraft.model.attention._trial", lambda *_: None)
     config = SimpleNamespace(**vars(CONFIG) | changes)
     config.get_text_config = lambda: config
     assert implementation("auto", training=True, dtype=getattr(torch, dtype), config=config) == expected
+
+
+def test_a_kernel_that_fails_its_trial_is_not_chosen_and_by_name_the_error_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from regraft.model import attention
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(attention, "_trial", lambda *_: "its kernel fails here: no such argument")
+    assert attention.implementation("auto", training=True, dtype=torch.bfloat16, config=CONFIG) == "sdpa"
+    with pytest.raises(ParamsError, match="found varlen, but its kernel fails here: no such argument"):
+        attention.implementation("varlen", training=True, dtype=torch.bfloat16, config=CONFIG)
+
+
+def _takes(**names: Any) -> Any:
+    """A stand-in for torch's kernel with the parameters of one version."""
+    import inspect
+
+    def kernel(q: Any, k: Any, v: Any, ends: Any, _ends: Any, longest: int, _longest: int, **given: Any) -> Any:
+        assert given.keys() <= names.keys(), f"unexpected keyword arguments {given.keys() - names.keys()}"
+        assert q.shape[1] == k.shape[1] or given.get("enable_gqa", "enable_gqa" not in names)
+        return _textbook(q, k, v, ends, longest, given["scale"], given["window_size"])
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    kernel.__signature__ = inspect.Signature([inspect.Parameter(name, keyword) for name in names])  # type: ignore[attr-defined]
+    return kernel
+
+
+@pytest.mark.parametrize("names", [("scale", "window_size"), ("scale", "window_size", "enable_gqa")])
+def test_heads_in_groups_pass_the_trial_with_the_arguments_of_either_version_of_torch(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import torch.nn.attention.varlen
+
+    from regraft.model.attention import _trial
+
+    trial = _trial.__wrapped__
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", _takes(**dict.fromkeys(names)))
+    assert trial(8, 2, 16, torch.float32, "cpu") is None
+    assert trial(4, 4, 16, torch.float32, "cpu") is None
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda q, k, v, *_: q)
+    assert "fails here: " in (trial(8, 2, 16, torch.float32, "cpu") or "")  # an argument that it does not know
+    monkeypatch.setattr(
+        torch.nn.attention.varlen,
+        "varlen_attn",
+        lambda q, k, v, *_, **__: q + (k + v).repeat_interleave(q.shape[1] // k.shape[1], 1),
+    )
+    assert "something else than SDPA" in (trial(8, 2, 16, torch.float32, "cpu") or "")
+
+
+def test_the_real_kernel_of_this_torch_knows_every_argument_that_it_is_given() -> None:
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= set(names)
 
 
 def test_boundaries_are_where_positions_restart_padding_and_blocks_included() -> None:

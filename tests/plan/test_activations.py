@@ -70,11 +70,25 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", EXAONE, {"batch": 1, "length": 1024, "chunk": 256, "checkpointing": True, "unquantized_fp32": True}),
     ("llama", SMALL, {"batch": 4, "length": 1024, "chunk": 1024}),
     ("qwen3", SMALL, {"batch": 4, "length": 1024, "chunk": 1024, "bits": 16, "checkpointing": True}),
+    ("llama", SMALL, {"fused": True, "chunk": 1024}),
+    ("llama", SMALL, {"fused": True, "chunk": 1024, "bits": 16, "batch": 4}),
+    ("llama", WIDE, {"fused": True, "chunk": 1024, "batch": 2, "length": 2048}),
+    ("llama", WIDE, {"fused": True, "chunk": 1024, "batch": 2, "length": 2048, "bits": 16}),
+    ("qwen3", SMALL, {"fused": True, "trained": 0.2}),
+    ("llama", FLAT, {"fused": True, "batch": 1, "length": 2048, "trained": 0.02, "checkpointing": True}),
+    ("llama", FLAT, {"fused": True, "batch": 1, "length": 2048, "trained": 0.02, "checkpointing": True, "bits": 16}),
+    ("llama", EXAONE, {"fused": True, "batch": 1, "length": 1024, "chunk": 256, "checkpointing": True}),
+    ("llama", SMALL, {"fused": True, "trained": 0.05, "checkpointing": True, "unquantized_fp32": True}),
+    ("llama", SMALL, {"fused": True, "trained": 0.05, "batch": 4, "bits": 16, "checkpointing": True}),
+    ("llama", SMALL, {"fused": True, "liger": True, "chunk": 1024}),
+    ("llama", WIDE, {"fused": True, "liger": True, "chunk": 1024, "batch": 2, "length": 2048, "bits": 16}),
+    ("llama", FLAT, {"fused": True, "liger": True, "batch": 1, "length": 2048, "trained": 0.02, "checkpointing": True}),
+    ("qwen2", SMALL, {"fused": True, "liger": True, "batch": 4, "bits": 16, "trained": 0.05, "checkpointing": True}),
 ]
 RATIOS: dict[int, float] = {}
 
 
-QUICK = {0, 1, 2, 5, 8, 9, 13, 17, 20, 23, 25, 26, 28}
+QUICK = {0, 1, 2, 5, 8, 9, 13, 17, 20, 23, 25, 26, 28, 31, 35, 36, 39, 40, 42}
 """The others are like them; `make test-extended` runs all."""
 
 

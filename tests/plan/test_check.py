@@ -40,14 +40,14 @@ def test_a_training_that_fits_may_start(layout: Layout, monkeypatch: pytest.Monk
 def test_one_that_does_not_fit_is_refused_with_its_parts_and_what_would_fit(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device(monkeypatch, "card", 515 * MIB)
+    device(monkeypatch, "card", 547 * MIB)
     with pytest.raises(RegraftError) as caught:
         check.before(TRAIN, ModelParams(), layout)
     assert "MiB free; it was not started. In MiB: base 0, unquantized 0, " in caught.value.message
-    assert "card has 515 MiB free" in caught.value.message
+    assert "card has 547 MiB free" in caught.value.message
     assert caught.value.fix is not None
     assert caught.value.fix.startswith("no configuration of the plan fits")
-    device(monkeypatch, "card", 530 * MIB)
+    device(monkeypatch, "card", 562 * MIB)
     with pytest.raises(RegraftError) as caught:
         check.before(TRAIN, ModelParams(), layout)
     assert caught.value.fix is not None

@@ -175,7 +175,15 @@ def test_an_8_bit_optimizer_holds_a_byte_and_a_share_of_a_scale_for_each_value(n
     from regraft.plan.memory import _optimizer
 
     assert _optimizer([math.prod(s) for s in sizes], name) == (held(states), 0)
-    assert _optimizer([math.prod(s) for s in sizes], f"paged_{name}") == (0, held(states))
+    assert sum(_optimizer([math.prod(s) for s in sizes], f"paged_{name}")) == held(states)
+
+
+def test_states_of_small_tensors_and_the_scales_of_all_stay_on_the_gpu_when_an_optimizer_pages() -> None:
+    from regraft.plan.memory import _optimizer
+
+    assert _optimizer([16 * 4096], "paged_adamw_8bit") == (2 * (65536 + 4 * 256), 0)
+    assert _optimizer([16 * 8192], "paged_adamw_8bit") == (2 * 4 * 512, 2 * 131072)
+    assert _optimizer([16 * 8192, 4096], "paged_adamw_32bit") == (2 * 4 * 4096, 2 * 4 * 131072)
 
 
 def test_nf4_with_double_quantisation_takes_half_a_byte_and_a_127th_of_a_bit_more() -> None:
@@ -248,6 +256,7 @@ def test_a_setup_is_what_the_parameters_say() -> None:
         compute_bytes=2,
         saved=("embed_tokens",),
         new_tokens=2,
+        remade=True,
     )
     chunk, fused = train.model_copy(update={"logits_chunk": 64}), train.model_copy(update={"kernels": "fused"})
     assert setup_from(chunk, ModelParams(), length=256, on_gpu=False).chunk == 64
@@ -255,7 +264,14 @@ def test_a_setup_is_what_the_parameters_say() -> None:
         setup_from(fused, ModelParams(), length=256).chunk,
         setup_from(fused, ModelParams(), length=256, on_gpu=False).chunk,
     ) == (1024, None)
+    assert not setup_from(fused, ModelParams(), length=256).fused  # with dropout PEFT's own operations stay
+    quick = fused.model_copy(update={"dropout": 0.0, "modules_to_save": [], "trainable_tokens": []})
+    assert setup_from(quick, ModelParams(), length=256).fused
+    assert not setup_from(quick, ModelParams(), length=256).remade
+    assert not setup_from(quick, ModelParams(), length=256, on_gpu=False).fused
+    assert not setup_from(quick, ModelParams(quantization=Quantization(bits=8)), length=256).fused
     half = Quantization(compute_dtype="fp16")
+    assert setup_from(quick, ModelParams(quantization=half), length=256).remade
     assert setup_from(train, ModelParams(quantization=half), length=256).unquantized_fp32
     assert setup_from(train, ModelParams(), length=256, on_gpu=False).compute_bytes == 4
 
@@ -275,7 +291,7 @@ def test_exaone_trains_at_1024_tokens_in_4_gb_by_what_is_not_cast_and_by_fewer_l
     fewer = predict(model, setup.but(chunk=256))
     embedding = 102400 * 2560
     assert cast.unquantized - kept.unquantized == 2 * (embedding + 61 * 2560)
-    assert kept.logits - fewer.logits == 12 * 102400 * (1024 - 256)
+    assert kept.logits - fewer.logits == 102400 * (12 * 1024 - 8 * 256) - 2 * 2560 * 1024
     assert (cast.total > 4.9e9, kept.total < 4e9, fewer.total < 3e9) == (True, True, True)
 
 

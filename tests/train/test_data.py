@@ -1,10 +1,11 @@
 from pathlib import Path
 
+import datasets
 import pytest
 
 from regraft.artifacts import commit_dir
 from regraft.errors import DamagedArtifact, MissingInput
-from regraft.train.data import collate, open_blocks
+from regraft.train.data import as_arrays, collate, open_blocks
 
 LONG = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "position_ids": [0, 1, 2, 0, 1]}
 SHORT = {"input_ids": [4, 3], "labels": [-100, 3], "position_ids": [0, 1]}
@@ -17,6 +18,15 @@ def test_padding_is_a_document_of_its_own_that_trains_nothing() -> None:
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9], [-100, 3, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
     assert batch["tokens"] == 7
+
+
+def test_a_batch_says_what_a_step_would_have_to_ask_a_gpu_for() -> None:
+    batch = collate([LONG, SHORT], pad_id=0)
+
+    assert batch["trained"].tolist() == [[0, 0, 0, 1], [0, 1, 3, 0]]  # states before the trained tokens
+    assert (batch["ends"].tolist(), batch["longest"]) == ([0, 3, 5, 7, 10], 3)
+    assert isinstance(batch["longest"], int)
+    assert as_arrays(datasets.Dataset.from_list([LONG]))[0]["labels"].tolist() == LONG["labels"]
 
 
 def test_a_documents_first_token_is_never_a_target() -> None:

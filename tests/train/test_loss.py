@@ -72,6 +72,34 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=2e-6)  # norms and softmax are fp32 inside
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_forward_pass_asks_for_no_value_that_a_gpu_has_still_to_compute(
+    tiny_base: Path, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from regraft.model import attention
+    from regraft.train.data import collate
+    from regraft.train.loss import chunked_loss, summed_loss
+
+    def kernel(query: Any, key: Any, value: Any, ends: Any, longest: int, scale: Any, window: Any) -> Any:
+        assert isinstance(longest, int)
+        return query + (key + value).repeat_interleave(query.shape[1] // key.shape[1], 1)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("this would wait for the GPU")
+
+    monkeypatch.setattr(attention, "_kernel", kernel)
+    attention.register()
+    batch = collate([_block(DOCUMENTS), _block(DOCUMENTS[:3])], pad_id=0)
+    model = _model(tiny_base, attention.VARLEN).requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    for name in ("nonzero", "item", "tolist", "__int__", "__float__", "__bool__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    loss = summed_loss(model, batch) if chunk is None else chunked_loss(model, batch, chunk)
+    loss.backward()
+
+
 def test_logits_are_computed_for_trained_tokens_only(tiny_base: Path) -> None:
     from regraft.train.data import collate
     from regraft.train.loss import summed_loss
@@ -121,6 +149,83 @@ def test_no_chunk_has_more_logits_than_asked_for(tiny_base: Path) -> None:
     handle.remove()
 
     assert sorted(set(rows)) == [0, 2, 5]  # 12 trained tokens, forward and again backward
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+def test_the_loss_under_a_frozen_output_layer_and_its_gradients_are_those_of_the_whole(
+    tiny_base: Path, chunk: int
+) -> None:
+    import torch
+
+    from regraft.train.data import collate
+    from regraft.train.loss import chunked_loss, summed_loss
+
+    model = _model(tiny_base, "sdpa")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+    batch = collate([_block(DOCUMENTS), _block(DOCUMENTS[:3])], pad_id=0)
+    found = []
+    for loss in (summed_loss(model, batch), chunked_loss(model, batch, chunk)):
+        model.zero_grad()
+        (0.25 * loss).backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append((loss.item(), [parameter.grad.clone() for parameter in trained]))
+
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert chunked_loss(model, batch, chunk).item() == found[1][0]
+
+
+def test_in_bf16_a_frozen_output_layer_gives_gradients_as_near_as_autocasts() -> None:
+    import torch
+
+    from regraft.train.logits import FrozenLoss, works_on
+
+    generator = torch.Generator().manual_seed(3)
+    layer = torch.nn.Linear(64, 2000, bias=False).requires_grad_(False)
+    torch.nn.init.normal_(layer.weight, std=0.3, generator=generator)
+    states = torch.randn(300, 64, generator=generator).bfloat16()
+    labels = torch.randint(2000, (300,), generator=generator)
+
+    def gradient(loss: Any, x: Any) -> Any:
+        x = x.detach().requires_grad_()
+        loss(x).div(300).backward()
+        return x.grad.double()
+
+    def whole(x: Any) -> Any:
+        return torch.nn.functional.cross_entropy(layer(x).float(), labels, reduction="sum")
+
+    layer = layer.bfloat16().float()
+    exact = gradient(
+        lambda x: torch.nn.functional.cross_entropy(layer.double()(x), labels, reduction="sum"), states.double()
+    )
+    layer = layer.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = gradient(whole, states)
+        own = gradient(lambda x: FrozenLoss.apply(x, labels, layer, 64, torch.bfloat16), states)
+    errors = [float((each - exact).norm() / exact.norm()) for each in (theirs, own)]
+    assert errors[1] < 1.2 * errors[0] < 0.02
+    assert works_on(layer, torch.bfloat16)
+    assert not works_on(layer, torch.float16)  # too small a gradient for its range
+
+
+def test_a_frozen_output_layer_multiplies_by_its_weights_twice_and_holds_one_chunk() -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from regraft.train.logits import FrozenLoss
+
+    layer = torch.nn.Linear(16, 100).requires_grad_(False)
+    states, labels = torch.randn(30, 16, requires_grad=True), torch.arange(30)
+    kept: list[int] = []
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+    ):
+        FrozenLoss.apply(states, labels, layer, 8, torch.float32).backward()
+    assert counter.get_total_flops() == 2 * 2 * 30 * 16 * 100
+    assert kept == [30 * 16]
 
 
 def test_a_model_that_caps_its_logits_is_not_chunked() -> None:

@@ -52,6 +52,29 @@ def undisturbed(
     return folder / "train", report
 
 
+def test_the_modules_of_a_model_are_not_walked_through_at_each_step(
+    run: Callable[..., TrainReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    walked = {"train": 0, "zero_grad": 0}
+    for name in walked:
+        original = getattr(torch.nn.Module, name)
+
+        def count(self: Any, *args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            walked[name] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.Module, name, count)
+    seen = []
+    for steps in (2, 4):
+        walked.update(train=0, zero_grad=0)
+        run(f"steps{steps}", max_steps=steps, epochs=None, checkpoint_every=99, dropout=0.0, seed=steps)
+        seen.append((walked["train"] > 0, dict(walked)))
+    assert seen[0] == seen[1]
+    assert seen[0][0]
+
+
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def _fail(at: str) -> None:
