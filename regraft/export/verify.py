@@ -59,6 +59,8 @@ class Job(BaseModel):
     """Output of the stage `preprocess`."""
     quantization: Quantization
     evaluate: EvaluateParams
+    attention: str = "sdpa"
+    """`model.attention`; its kernels differ by rounding only, but not every architecture has each."""
     rows: int
     """Held-out rows to compare, at most."""
     entrants: list[Entrant]
@@ -90,7 +92,7 @@ def verify(job: Job) -> Scores:
     base, holdout = open_base(job.base), read_holdout(job.dataset, job.rows)
     rows = holdout.rows
 
-    model: Any = load_model(base, job.quantization, training=False)
+    model: Any = load_model(base, job.quantization, training=False, attention=job.attention)
     quantized = _quantized(model)
     model, tokenizer = load_adapter(model, job.adapter), load_tokenizer(base)
     reference_file = job.scratch / "reference.f32"
@@ -175,7 +177,8 @@ def _loaded(entrant: Entrant, job: Job) -> tuple[Any, Any]:
         from regraft.model.load import load_model, load_tokenizer, open_base
 
         base = open_base(job.base)
-        return load_adapter(load_model(base, job.quantization, training=False), entrant.folder), load_tokenizer(base)
+        model = load_model(base, job.quantization, training=False, attention=job.attention)
+        return load_adapter(model, entrant.folder), load_tokenizer(base)
     return load_merged(entrant.folder)
 
 
