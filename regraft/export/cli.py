@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from regraft.command import Json, answer, listen
+from regraft.command import Json, Remembering, answer, listen
 from regraft.errors import ParamsError
 
 commands = typer.Typer()
@@ -100,12 +100,15 @@ def publish(
     keep: Annotated[int, typer.Option("--keep", min=1, help="Exports to keep there, the new one included.")] = 3,
     latest: Annotated[bool, typer.Option(help="Let latest.json (on the hub: main) be this export.")] = True,
     public: Annotated[bool, typer.Option("--public", help="Let a repository made on the hub be public.")] = False,
+    remembering: Remembering = False,
     as_json: Json = False,
 ) -> None:
     """Send an export to a store, the hub or a DVC remote, check it there, and move the pointer last."""
     listen()
     from regraft.export.remote import publish_to
+    from regraft.steps import check_publishable
 
+    check_publishable(folder, remembering=remembering)
     done = publish_to(folder, url, keep=keep, latest=latest, private=not public)
     lines = [f"{done.url}/{done.name}: {done.sent} files sent{', now the latest' if done.moved else ''}."]
     lines += [f"removed: {', '.join(done.removed)}"] if done.removed else []
