@@ -74,21 +74,15 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")], as_json: Json = False
 ) -> None:
     """Check every byte of an export or a merge, its sums and its certificate; offline, nothing is loaded."""
-    from regraft.export.certificate import CERTIFICATE, verify_export
-    from regraft.export.standalone import verify_merge
+    from regraft.export.report import Certificate
+    from regraft.export.whole import verify_folder
 
-    if (folder / CERTIFICATE).is_file():
-        certificate = verify_export(folder)
-        line = (
-            f"{folder} is whole: version {certificate.identity[:16]}, {len(certificate.files)} files, verdict passed."
-        )
-        answer(certificate.to_dict(), [line], as_json=as_json)
-        return
-    record = verify_merge(folder)
-    line = (
-        f"{folder} is whole: a merge of {', '.join(each.name for each in record.adapters)}, {len(record.files)} files."
-    )
-    answer(record.to_dict(), [line], as_json=as_json)
+    found = verify_folder(folder)
+    if isinstance(found, Certificate):
+        what = f"version {found.identity[:16]}, {len(found.files)} files, verdict passed."
+    else:
+        what = f"a merge of {', '.join(each.name for each in found.adapters)}, {len(found.files)} files."
+    answer(found.to_dict(), [f"{folder} is whole: {what}"], as_json=as_json)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -118,7 +112,9 @@ def publish(
 @commands.command(rich_help_panel=PANEL)
 def serve(
     folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")],
-    check: Annotated[bool, typer.Option("--check", help="Start the server, ask it, compare its answers, stop it.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Start the server, ask it, compare its answers, stop it.")
+    ] = False,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to ask; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:
