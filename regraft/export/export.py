@@ -262,7 +262,9 @@ def _forms(
         )
     scores = _verified(job.model_copy(update={"entrants": entrants}), work)
     verdict = judge_forms(params, certificate.verdict, scores)
-    return certificate.model_copy(update={"forms": scores.candidates, "verdict": verdict}), folders
+    environment = certificate.environment | scores.environment
+    found = {"forms": scores.candidates, "verdict": verdict, "environment": environment}
+    return certificate.model_copy(update=found), folders
 
 
 def _verified(job: Job, work: Path) -> Scores:

@@ -13,7 +13,8 @@ import platform
 import sys
 import threading
 import time
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from regraft.failpoints import failpoint
 from regraft.model.params import Quantization
 
 log = logging.getLogger("regraft")
+GGUF_PACKAGES = ("gguf", "llama-cpp-python")
 PACKAGES = ("bitsandbytes", "peft", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -116,6 +118,9 @@ def verify(job: Job) -> Scores:
         failpoint("export.verified")
     reference_file.unlink()
     environment = {name: version(name) for name in PACKAGES}
+    if any((entrant.form or "").startswith("gguf") for entrant in job.entrants):
+        with suppress(PackageNotFoundError):  # then it was not measured, and the form says so
+            environment |= {name: version(name) for name in GGUF_PACKAGES}
     environment |= {"python": platform.python_version(), "device": _device_name(device())}
     environment["threads"] = str(torch.get_num_threads())
     return Scores(reference=reference, candidates=candidates, environment=dict(sorted(environment.items())))

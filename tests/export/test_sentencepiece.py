@@ -265,7 +265,9 @@ def test_an_export_with_a_sentencepiece_tokenizer_is_measured_by_llama_cpp(tmp_p
         **LAX,
     )
 
-    (form,) = verify_export(tmp_path / "data/exports" / report.folder).forms
+    certificate = verify_export(tmp_path / "data/exports" / report.folder)
+    (form,) = certificate.forms
+    assert "gguf" in certificate.environment
     assert form.parity is not None
     assert (form.parity.mean_kl or 1) < 1e-4
     assert form.parity.top1_agreement > 0.98
