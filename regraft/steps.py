@@ -183,8 +183,8 @@ def export_version(
     """
     from regraft.export.certificate import verify_export
     from regraft.lineage import NAME
+    from regraft.register.exportable import check_exportable
     from regraft.register.fetch import fetch
-    from regraft.register.promote import check_exportable
 
     version = find_version(settings.register_, layout, which)
     check_exportable(settings.register_, layout, version, remembering=remembering)
@@ -214,7 +214,7 @@ def check_publishable(folder: Path, *, remembering: bool = False) -> None:
     """
     from regraft import settings
     from regraft.export.certificate import CERTIFICATE
-    from regraft.register import promote
+    from regraft.register import exportable
 
     whole = folder.resolve()
     layout = Layout(whole.parents[2]) if len(whole.parents) > 2 else Layout()
@@ -222,7 +222,7 @@ def check_publishable(folder: Path, *, remembering: bool = False) -> None:
     if not is_ours or not (whole / CERTIFICATE).is_file():
         return
     identity = str(read_json(whole / CERTIFICATE).get("identity"))
-    promote.check_publishable(settings.load(layout).register_, layout, identity, remembering=remembering)
+    exportable.check_publishable(settings.load(layout).register_, layout, identity, remembering=remembering)
 
 
 def _is_clean(layout: Layout, settings: Settings) -> bool:

@@ -21,7 +21,8 @@ from regraft.gates.verdict import Check, Verdict, decide
 from regraft.layout import Layout
 from regraft.register import lookup, registry
 from regraft.register.clean import list_of_stages
-from regraft.register.promote import check_exportable, check_publishable, promote, rollback
+from regraft.register.exportable import check_exportable, check_publishable
+from regraft.register.promote import promote, rollback
 from regraft.register.service import Service
 from regraft.register.version import FORGET_TAG, Version
 from regraft.settings import Settings

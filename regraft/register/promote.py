@@ -156,55 +156,6 @@ def rollback(
     return _until_done(service, attempt)
 
 
-def check_exportable(params: RegisterParams, layout: Layout, version: Version, *, remembering: bool = False) -> None:
-    """Check that a version may be given to others: the ledger has it as a champion, or its last verdict passed.
-
-    Args:
-        params: the section `register`.
-        layout: the clone.
-        version: what is to be exported or published.
-        remembering: somebody said that it may be given away although it was trained on rows that are to be forgotten.
-
-    Raises:
-        GateRefused: neither; the message says what the verdict has against it. Or it was trained on what is to be forgotten.
-        ServiceUnavailable: MLflow does not answer.
-    """
-    if not remembering:
-        why = taint(version, lookup.versions(params, layout), layout, by_list=False)
-        if why is not None:
-            raise GateRefused(
-                f"{version.label()} cannot be exported: it {why}",
-                fix="`regraft retrain` makes a version without them; --remembering gives this one away all the same",
-            )
-    if was_champion(lookup.ledger(params, layout), version):
-        return
-    _, problems = _judged(version)
-    if problems:
-        raise GateRefused(
-            f"{version.label()} cannot be exported: it never was the champion, and " + "; ".join(problems),
-            fix="`regraft retrain` judges the challenger again; `regraft export` exports the champion",
-        )
-
-
-def check_publishable(params: RegisterParams, layout: Layout, identity: str, *, remembering: bool = False) -> None:
-    """Check that no version of an identity in this clone's registry was trained on rows that are to be forgotten.
-
-    An export of a version that the registry does not have is not judged.
-
-    Raises:
-        GateRefused: one was, and nobody said that it may be given away.
-        ServiceUnavailable: MLflow does not answer.
-    """
-    known = [] if remembering else lookup.versions(params, layout)
-    for version in known:
-        why = taint(version, known, layout, by_list=False) if version.identity == identity else None
-        if why is not None:
-            raise GateRefused(
-                f"the export is of {version.label()}, which {why}",
-                fix="`regraft retrain` makes a version without them; --remembering publishes this one all the same",
-            )
-
-
 def _until_done(service: Service, attempt: Callable[[], Promotion | None]) -> Promotion:
     """Try again from the beginning while somebody else is faster."""
     while True:
@@ -294,7 +245,7 @@ def _remembers_nothing(version: Version, why: str | None) -> None:
 
 def _allowed(version: Version, champion: Version | None) -> str:
     """Check that a version's verdict lets it replace this champion; returns the verdict's digest."""
-    verdict, problems = _judged(version)
+    verdict, problems = judged(version)
     present = NO_CHAMPION if champion is None else champion.adapter_digest
     if verdict.judged.get("champion") != present:
         against = verdict.judged.get("champion", "nothing")
@@ -308,7 +259,7 @@ def _allowed(version: Version, champion: Version | None) -> str:
     return version.verdict_digest
 
 
-def _judged(version: Version) -> tuple[Verdict, list[str]]:
+def judged(version: Version) -> tuple[Verdict, list[str]]:
     """Read a version's last verdict; returns it with what speaks against the version, whoever is the champion."""
     if not version.complete:
         raise GateRefused(f"{version.label()} was not registered by Regraft: there is no evidence for it")
