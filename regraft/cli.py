@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from regraft import signals
-from regraft.command import Json, Root, answer, clone, crashed, interrupted, progress, refused
+from regraft.command import Json, Remembering, Root, answer, clone, crashed, interrupted, progress, refused
 from regraft.errors import Exit, RegraftError
 from regraft.export.cli import commands as merge_commands
 from regraft.inspect.cli import commands as inspect_commands
@@ -208,12 +208,14 @@ def rollback(
 
 
 @app.command(rich_help_panel=EFFECTS)
-def export(version: Version = "champion", root: Root = HERE, as_json: Json = False) -> None:
-    """Merge a version into the 16-bit base, prove the merged files on disk, and publish them."""
+def export(
+    version: Version = "champion", remembering: Remembering = False, root: Root = HERE, as_json: Json = False
+) -> None:
+    """Merge a version into its base, prove the merged files on disk, and publish them."""
     layout = clone(root)
     from regraft import settings, steps
 
-    done = steps.export_version(layout, settings.load(layout), version)
+    done = steps.export_version(layout, settings.load(layout), version, remembering=remembering)
     lines = [f"Version {done.version} is exported{'' if done.new else ' already'}: {done.folder}"]
     answer({"version": done.version, "folder": str(done.folder), "new": done.new}, lines, as_json=as_json)
 

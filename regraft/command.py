@@ -22,6 +22,9 @@ Root = Annotated[
     Path, typer.Option("--root", help="The clone to work in: the folder with params.yaml.", envvar="REGRAFT_ROOT")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of words.")]
+Remembering = Annotated[
+    bool, typer.Option("--remembering", help="Give it away even if it was trained on rows that are to be forgotten.")
+]
 
 
 def clone(root: Path) -> Layout:

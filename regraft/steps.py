@@ -160,13 +160,22 @@ def promote_if_passed(layout: Layout, settings: Settings, which: str | int, reas
     return done
 
 
-def export_version(layout: Layout, settings: Settings, which: str = "champion") -> Exported:
+def export_version(
+    layout: Layout, settings: Settings, which: str = "champion", *, remembering: bool = False
+) -> Exported:
     """Merge a version into its base and publish the proved files, in a process of its own.
 
     `data/exports/latest` moves only to the champion's export; other versions lie beside it.
 
+    Args:
+        layout: the clone.
+        settings: all parameters.
+        which: a version number, an alias or the beginning of an identity.
+        remembering: export it although it was trained on rows that are to be forgotten.
+
     Raises:
-        GateRefused: the version never was the champion, and its verdict did not pass.
+        GateRefused: the version never was the champion, and its verdict did not pass; or it was trained on rows that are
+            to be forgotten.
         StageFailed: as the export's own process says; code 3 where the merged files differ too much, and nothing was
             published.
         MissingInput: there is no such version.
@@ -174,11 +183,11 @@ def export_version(layout: Layout, settings: Settings, which: str = "champion") 
     """
     from regraft.export.certificate import verify_export
     from regraft.lineage import NAME
+    from regraft.register.exportable import check_exportable
     from regraft.register.fetch import fetch
-    from regraft.register.promote import check_exportable
 
     version = find_version(settings.register_, layout, which)
-    check_exportable(settings.register_, layout, version)
+    check_exportable(settings.register_, layout, version, remembering=remembering)
     champion = find_champion(settings.register_, layout)
     in_use = champion is not None and champion.number == version.number
     files = fetch(version, _files(layout, version))
@@ -194,6 +203,26 @@ def export_version(layout: Layout, settings: Settings, which: str = "champion") 
     verify_export(folder)
     log.info("export: %s%s", folder, " (it was there already)" if report["already_exported"] else "")
     return Exported(version.number, folder, not report["already_exported"])
+
+
+def check_publishable(folder: Path, *, remembering: bool = False) -> None:
+    """Look an export up in the registry of the clone that it lies in, before it is published; elsewhere nothing is known of it.
+
+    Raises:
+        GateRefused: its version was trained on rows that are to be forgotten, and `remembering` does not allow that.
+        ServiceUnavailable: MLflow does not answer.
+    """
+    from regraft import settings
+    from regraft.export.certificate import CERTIFICATE
+    from regraft.register import exportable
+
+    whole = folder.resolve()
+    layout = Layout(whole.parents[2]) if len(whole.parents) > 2 else Layout()
+    is_ours = (layout.root / "dvc.yaml").is_file() and layout.params.is_file() and layout.exports == whole.parent
+    if not is_ours or not (whole / CERTIFICATE).is_file():
+        return
+    identity = str(read_json(whole / CERTIFICATE).get("identity"))
+    exportable.check_publishable(settings.load(layout).register_, layout, identity, remembering=remembering)
 
 
 def _is_clean(layout: Layout, settings: Settings) -> bool:

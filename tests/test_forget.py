@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from regraft import settings
-from regraft.artifacts import digest_file, hold, read_json
-from regraft.errors import Busy, GateRefused, MissingInput, ParamsError, PinMismatch
+from regraft.artifacts import digest_file, hold, read_json, write_json
+from regraft.cli import run
+from regraft.errors import Busy, Exit, GateRefused, MissingInput, ParamsError, PinMismatch
 from regraft.forget import Forgetting, Seen, _InRaw, _look, _Search
 from regraft.forget import forget as forget_rows
 from regraft.gates.run import Champion
@@ -20,6 +21,7 @@ from regraft.gates.verdict import Check, Verdict, decide
 from regraft.layout import Layout
 from regraft.register import lookup, registry
 from regraft.register.clean import list_of_stages
+from regraft.register.exportable import check_exportable, check_publishable
 from regraft.register.promote import promote, rollback
 from regraft.register.service import Service
 from regraft.register.version import FORGET_TAG, Version
@@ -296,6 +298,97 @@ def test_a_tagged_version_is_neither_promoted_nor_gone_back_to(clone: Path) -> N
     Service.of(clones.PARAMS, layout).ask("set_model_version_tag", "regraft", "1", FORGET_TAG, "{}")
     with pytest.raises(GateRefused, match="was trained on rows that are to be forgotten"):
         rollback(clones.PARAMS, layout)
+
+
+def test_a_tagged_version_is_exported_and_published_only_where_somebody_says_so(clone: Path) -> None:
+    layout = Layout(clone)
+    first = trained(clone, "one", 20, learnt=range(20))
+    promote(clones.PARAMS, layout, "1")
+    child = now_without_it(clone, "child", None, parent=first.adapter_digest)
+    check_exportable(clones.PARAMS, layout, first)
+    digest = forget(clone, "parcel number 5$").digest
+    clean = now_without_it(clone, "clean", None)
+
+    for number, why in ((1, "was trained on rows"), (child.number, "was trained on rows")):
+        version = lookup.version(clones.PARAMS, layout, number)
+        with pytest.raises(GateRefused, match=f"cannot be exported: it {why}.*\n  next: .*--remembering"):
+            check_exportable(clones.PARAMS, layout, version)
+        with pytest.raises(GateRefused, match=f"which {why}"):
+            check_publishable(clones.PARAMS, layout, version.identity)
+        check_exportable(clones.PARAMS, layout, version, remembering=True)
+        check_publishable(clones.PARAMS, layout, version.identity, remembering=True)
+    grandchild = now_without_it(clone, "grandchild", digest, parent=child.adapter_digest)
+    with pytest.raises(GateRefused, match=f"it went on from version {child.number}"):
+        check_exportable(clones.PARAMS, layout, grandchild)
+    check_exportable(clones.PARAMS, layout, clean)  # made with an older list, and nothing on it was learnt
+    check_publishable(clones.PARAMS, layout, "of nobody")
+
+
+def test_publishing_out_of_a_clone_asks_its_registry(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(clone)
+    first = trained(clone, "one", 20, learnt=range(20))
+    (clone / "dvc.yaml").write_text("stages: {}\n")
+    export = layout.exports / first.identity[:16]
+    write_json(export / "certificate.json", {"identity": first.identity})
+    layout.exports.joinpath("latest").symlink_to(export.name)
+    known = of(clone)
+    monkeypatch.setattr(settings, "load", lambda _: known)
+    sent: list[Path] = []
+    monkeypatch.setattr("regraft.export.remote.publish_to", lambda folder, *_, **__: sent.append(folder) or Sent())
+    assert run(["publish", str(layout.exports / "latest"), "there", "--json"]) == 0
+    forget_rows(layout, known, match="parcel number 5$")
+
+    for folder in (export, layout.exports / "latest"):
+        assert run(["publish", str(folder), "there"]) == Exit.REFUSED
+    assert len(sent) == 1
+    assert run(["publish", str(export), "there", "--remembering", "--json"]) == 0
+
+
+class Sent:
+    """What a publication says that sent nothing."""
+
+    url, name, sent, moved, removed = "there", "x", 0, False, ()
+
+    def model_dump(self) -> dict[str, str]:
+        return {}
+
+
+def test_an_over_cautious_tag_goes_where_the_same_version_comes_out_with_the_present_list(clone: Path) -> None:
+    layout = Layout(clone)
+    first = trained(clone, "one", 20, learnt=range(20))
+    child = now_without_it(clone, "child", None, parent=first.adapter_digest)
+    late = now_without_it(clone, "late", None)
+    digest = forget(clone, "parcel number 5$").digest
+    service = Service.of(clones.PARAMS, layout)
+    for each in (child, late):
+        service.ask("set_model_version_tag", "regraft", str(each.number), FORGET_TAG, '{"how":"file"}')
+
+    def has_tag(version: Version) -> bool:
+        return tags(clone)[version.number] is not None
+
+    def again(ran_with: str) -> Version:
+        present = (clone / "params.yaml").read_bytes()
+        clones.make(clone, adapter="late", rows=7)
+        (clone / "params.yaml").write_bytes(present)
+        (clone / "dvc.lock").write_text(
+            f"stages: {{validate: {{params: {{params.yaml: {{data.forget: {ran_with}}}}}}}}}"
+        )
+        version = registry.register(clones.PARAMS, layout=layout)
+        (clone / "dvc.lock").unlink()
+        return version
+
+    for other in ("null", "a" * 64):  # made without a list, and with another one: nothing is known
+        assert again(other).number == late.number
+        assert has_tag(late)
+    same = again(digest)
+    assert (same.number, FORGET_TAG in same.tags, has_tag(late)) == (late.number, False, False)
+    assert promote(clones.PARAMS, layout, late.number).changed
+    service.ask("set_model_version_tag", "regraft", str(late.number), FORGET_TAG, "{}")
+    again(digest)  # the quick way looks, too
+    assert not has_tag(late)
+
+    now_without_it(clone, "child", digest, parent=first.adapter_digest)
+    assert has_tag(child)  # its parent's tag is still there
 
 
 def now_without_it(root: Path, adapter: str, made_with: str | None, *, parent: str | None = None) -> Version:

@@ -113,7 +113,7 @@ def test_only_the_champions_export_becomes_the_latest(
 
     monkeypatch.setattr(steps, "find_version", lambda *_: version(2))
     monkeypatch.setattr(steps, "find_champion", lambda *_: None if champion is None else version(champion))
-    monkeypatch.setattr("regraft.register.promote.check_exportable", lambda *_: None)
+    monkeypatch.setattr("regraft.register.exportable.check_exportable", lambda *_, **__: None)
     monkeypatch.setattr("regraft.register.fetch.fetch", lambda version, to: to)
     monkeypatch.setattr("regraft.export.certificate.verify_export", lambda folder: None)
     monkeypatch.setattr(pipeline, "run_module", run)
@@ -122,11 +122,11 @@ def test_only_the_champions_export_becomes_the_latest(
 
 
 def test_a_version_that_may_not_be_exported_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise GateRefused("no")
 
     monkeypatch.setattr(steps, "find_version", lambda *_: Version("m", 2, "", "", "", 0))
-    monkeypatch.setattr("regraft.register.promote.check_exportable", refuse)
+    monkeypatch.setattr("regraft.register.exportable.check_exportable", refuse)
     monkeypatch.setattr("regraft.register.fetch.fetch", refuse)
     monkeypatch.setattr(pipeline, "run_module", lambda *_, **__: pytest.fail("the export was started"))
     with pytest.raises(GateRefused, match="no"):

@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             identity=given.identity,
             latest=given.latest,
             champion=given.champion,
+            attention=sections.model.attention,
         )
         report.save(layout.stage("export") / "report.json")
         write_json(layout.measurements("export"), {"seconds": round(time.monotonic() - clock, 2)})

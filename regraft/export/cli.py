@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from regraft.command import Json, answer, listen
+from regraft.command import Json, Remembering, answer, listen
 from regraft.errors import ParamsError
 
 commands = typer.Typer()
@@ -74,21 +74,15 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")], as_json: Json = False
 ) -> None:
     """Check every byte of an export or a merge, its sums and its certificate; offline, nothing is loaded."""
-    from regraft.export.certificate import CERTIFICATE, verify_export
-    from regraft.export.standalone import verify_merge
+    from regraft.export.report import Certificate
+    from regraft.export.whole import verify_folder
 
-    if (folder / CERTIFICATE).is_file():
-        certificate = verify_export(folder)
-        line = (
-            f"{folder} is whole: version {certificate.identity[:16]}, {len(certificate.files)} files, verdict passed."
-        )
-        answer(certificate.to_dict(), [line], as_json=as_json)
-        return
-    record = verify_merge(folder)
-    line = (
-        f"{folder} is whole: a merge of {', '.join(each.name for each in record.adapters)}, {len(record.files)} files."
-    )
-    answer(record.to_dict(), [line], as_json=as_json)
+    found = verify_folder(folder)
+    if isinstance(found, Certificate):
+        what = f"version {found.identity[:16]}, {len(found.files)} files, verdict passed."
+    else:
+        what = f"a merge of {', '.join(each.name for each in found.adapters)}, {len(found.files)} files."
+    answer(found.to_dict(), [f"{folder} is whole: {what}"], as_json=as_json)
 
 
 @commands.command(rich_help_panel=PANEL)
@@ -100,12 +94,15 @@ def publish(
     keep: Annotated[int, typer.Option("--keep", min=1, help="Exports to keep there, the new one included.")] = 3,
     latest: Annotated[bool, typer.Option(help="Let latest.json (on the hub: main) be this export.")] = True,
     public: Annotated[bool, typer.Option("--public", help="Let a repository made on the hub be public.")] = False,
+    remembering: Remembering = False,
     as_json: Json = False,
 ) -> None:
     """Send an export to a store, the hub or a DVC remote, check it there, and move the pointer last."""
     listen()
     from regraft.export.remote import publish_to
+    from regraft.steps import check_publishable
 
+    check_publishable(folder, remembering=remembering)
     done = publish_to(folder, url, keep=keep, latest=latest, private=not public)
     lines = [f"{done.url}/{done.name}: {done.sent} files sent{', now the latest' if done.moved else ''}."]
     lines += [f"removed: {', '.join(done.removed)}"] if done.removed else []
@@ -115,7 +112,9 @@ def publish(
 @commands.command(rich_help_panel=PANEL)
 def serve(
     folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")],
-    check: Annotated[bool, typer.Option("--check", help="Start the server, ask it, compare its answers, stop it.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Start the server, ask it, compare its answers, stop it.")
+    ] = False,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to ask; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -65,6 +65,7 @@ def export(
     identity: str,
     latest: bool = True,
     champion: str | None = None,
+    attention: str = "sdpa",
 ) -> ExportReport:
     """Merge an adapter into its base, prove the files, and publish them as `out_root/<identity16>`.
 
@@ -80,6 +81,7 @@ def export(
         identity: the version's identity, 64 hexadecimal digits.
         latest: move `out_root/latest` to this export.
         champion: identity of the champion, whose export is never removed to make room; None where there is none.
+        attention: `model.attention`, for the adapter on its training base.
 
     Raises:
         GateRefused: the merged files differ too much, or nothing could be measured. Earlier exports are untouched.
@@ -122,6 +124,7 @@ def export(
                 dataset=dataset.absolute(),
                 quantization=quantization,
                 evaluate=evaluate,
+                attention=attention,
                 rows=params.rows,
                 entrants=[_candidate(source, plans[source], params, quantization, work, opened) for source in sources],
                 scratch=work.absolute(),
@@ -259,7 +262,9 @@ def _forms(
         )
     scores = _verified(job.model_copy(update={"entrants": entrants}), work)
     verdict = judge_forms(params, certificate.verdict, scores)
-    return certificate.model_copy(update={"forms": scores.candidates, "verdict": verdict}), folders
+    environment = certificate.environment | scores.environment
+    found = {"forms": scores.candidates, "verdict": verdict, "environment": environment}
+    return certificate.model_copy(update=found), folders
 
 
 def _verified(job: Job, work: Path) -> Scores:

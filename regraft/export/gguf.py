@@ -2,7 +2,7 @@
 
 Names, types and layout are those of llama.cpp's own converter (`convert_hf_to_gguf.py`), for the architectures that are
 tried here. What is not known, above all a tokenizer that splits text in another way, is refused: llama.cpp would load
-it and talk gibberish.
+it and talk gibberish. Where llama.cpp is installed, it reads the file's tokenizer back and must give the same ids.
 """
 
 import json
@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.artifacts import read_json
 from regraft.errors import MissingInput, ParamsError, RegraftError
 from regraft.export.base import read_config
 from regraft.export.tensors import Reader, catalogue
+from regraft.export.tokens import check_tokens
+from regraft.export.vocabulary import Vocabulary, open_tokenizer, read_vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
 MODEL = "model.gguf"
 MODELFILE = "Modelfile"
 _K_BLOCK = 256
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_PERMUTED = ("llama", "mistral")  # their rotary halves lie interleaved in llama.cpp
-_SPLITS = {  # what a tokenizer's first split looks like, and llama.cpp's name for it
-    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
+_ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
 }
+_GEMMA_SLIDING = {"gemma2": 2, "gemma3": 6}  # every so many layers one sees the whole text
+_PERMUTED = ("llama", "mistral")  # their rotary halves lie interleaved in llama.cpp
 
 
 def write_gguf(merged: Path, out: Path, form: str) -> None:
@@ -44,7 +47,9 @@ def write_gguf(merged: Path, out: Path, form: str) -> None:
 
     Raises:
         ParamsError: the architecture, its rotary embedding, its tokenizer or (for Q4_K_M) its widths are not known here.
-        MissingInput: the package `gguf` is not installed, or for Q4_K_M `llama-cpp-python`.
+        DamagedArtifact: llama.cpp gives other ids than transformers.
+        MissingInput: the package `gguf` is not installed; or `llama-cpp-python`, where only that can make the form or prove
+            the tokenizer.
     """
     if form == "gguf-q4_k_m":
         _check_widths(merged)
@@ -55,13 +60,15 @@ def write_gguf(merged: Path, out: Path, form: str) -> None:
         return
     gguf = _package("gguf")
     config = read_config(merged)
-    tokenizer = _tokenizer(merged, config)
-    writer = gguf.GGUFWriter(out / MODEL, _ARCHITECTURES[_architecture(config)])
+    architecture = _ARCHITECTURES[_architecture(config)]
+    tokenizer = open_tokenizer(merged)
+    vocabulary = read_vocabulary(tokenizer, config["vocab_size"])
+    writer = gguf.GGUFWriter(out / MODEL, architecture)
     _settings(writer, config, form, gguf)
-    _vocabulary(writer, tokenizer, config, gguf)
-    names = gguf.get_tensor_name_map(
-        getattr(gguf.MODEL_ARCH, _ARCHITECTURES[_architecture(config)].upper()), config["num_hidden_layers"]
-    )
+    if architecture.startswith("gemma"):
+        _gemma(writer, config, architecture, merged)
+    _vocabulary(writer, vocabulary, tokenizer, config)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config["num_hidden_layers"])
     quantized = gguf.GGMLQuantizationType.Q8_0 if form == "gguf-q8_0" else gguf.GGMLQuantizationType.F16
     found = catalogue(merged)
     kinds = {}
@@ -87,14 +94,22 @@ def write_gguf(merged: Path, out: Path, form: str) -> None:
         with Reader(merged / file) as reader:
             values = reader.whole(name).float().numpy()
         values = _permuted(name, values, config)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1  # transformers adds it when it computes
         writer.write_tensor_data(gguf.quants.quantize(values, kinds[name]))
     writer.close()
-    (out / MODELFILE).write_text(modelfile(tokenizer, config), encoding="utf-8")
+    check_tokens(out / MODEL, tokenizer, vocabulary)
+    (out / MODELFILE).write_text(modelfile(vocabulary.added, config), encoding="utf-8")
 
 
-def modelfile(tokenizer: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return an Ollama Modelfile. Its template language is Go's: the model's own template is in the GGUF file."""
-    stops = [token["content"] for token in tokenizer["added_tokens"] if token["id"] in _ids(config.get("eos_token_id"))]
+def modelfile(added: dict[int, str], config: dict[str, Any]) -> str:
+    """Return an Ollama Modelfile. Its template language is Go's: the model's own template is in the GGUF file.
+
+    Args:
+        added: the tokenizer's added tokens, by id.
+        config: the model's `config.json`.
+    """
+    stops = [text for number, text in added.items() if number in _ids(config.get("eos_token_id"))]
     lines = [f"FROM ./{MODEL}", "PARAMETER temperature 0"]
     return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops)]) + "\n"
 
@@ -110,43 +125,63 @@ def _package(name: str, says: str = "", fix: str = "pip install 'regraft[gguf]',
 
 def _architecture(config: dict[str, Any]) -> str:
     kind = str(config.get("model_type"))
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ARCHITECTURES or scaled != "default":
+    ropes = [config.get("rope_scaling") or {}, _rope(config, "full_attention"), _rope(config, "sliding_attention")]
+    scaled = next(
+        (each for rope in ropes if (each := rope.get("rope_type", rope.get("type", "default"))) != "default"), ""
+    )
+    if kind not in _ARCHITECTURES or scaled:
         raise ParamsError(
-            f"GGUF is written for {', '.join(_ARCHITECTURES)} with plain rotary embeddings; this is {kind} ({scaled})",
+            f"GGUF is written for {', '.join(_ARCHITECTURES)} with plain rotary embeddings; this is {kind}"
+            + (f" ({scaled})" if scaled else ""),
             fix="convert the merged folder with llama.cpp's convert_hf_to_gguf.py",
         )
     return kind
 
 
-def _tokenizer(merged: Path, config: dict[str, Any]) -> dict[str, Any]:
-    content = read_json(merged / "tokenizer.json")
-    split = _split(content)
-    if content.get("model", {}).get("type") != "BPE" or split is None:
+def _rope(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Rotary embeddings of a kind of layer; most models have one kind."""
+    parameters: dict[str, Any] = config.get("rope_parameters") or {}
+    if "full_attention" not in parameters:
+        return parameters
+    found: dict[str, Any] = parameters.get(kind) or {}
+    return found
+
+
+def _gemma(writer: Any, config: dict[str, Any], architecture: str, merged: Path) -> None:
+    """Write what Gemma has besides; what llama.cpp takes for granted of it is checked.
+
+    Raises:
+        ParamsError: llama.cpp computes such a Gemma otherwise.
+    """
+    problems = []
+    if any(name.endswith("lm_head.weight") for name in catalogue(merged)):
+        problems.append("its output layer is not the embedding")
+    every = _GEMMA_SLIDING.get(architecture)
+    if every is not None:
+        expected = [
+            "full_attention" if at % every == 0 else "sliding_attention"
+            for at in range(1, 1 + config["num_hidden_layers"])
+        ]
+        if config.get("layer_types", expected) != expected:
+            problems.append(f"not every {every}th layer, and only that, sees the whole text")
+        scale = config.get("query_pre_attn_scalar", 256)
+        if scale != config["head_dim"] and config["num_hidden_layers"] not in (
+            46,
+            62,
+        ):  # the two of 27B have another one
+            problems.append(f"query_pre_attn_scalar is {scale}, head_dim {config['head_dim']}")
+        writer.add_sliding_window(config["sliding_window"])
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if config.get(name):
+                getattr(writer, f"add_{name}")(config[name])
+    if architecture == "gemma3":
+        local = config.get("rope_local_base_freq", _rope(config, "sliding_attention").get("rope_theta", 10000.0))
+        writer.add_rope_freq_base_swa(float(local))
+    if problems:
         raise ParamsError(
-            f"the tokenizer is a {content.get('model', {}).get('type')} that splits text in a way unknown here",
-            fix="convert the merged folder with llama.cpp's convert_hf_to_gguf.py",
+            f"llama.cpp computes a {architecture} otherwise than this one: " + "; ".join(problems),
+            fix="leave the gguf forms out of export.forms",
         )
-    template = merged / "chat_template.jinja"
-    settings = read_json(merged / "tokenizer_config.json")
-    text = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-    return {**content, "split": split, "template": text, "vocabulary": config["vocab_size"]}
-
-
-def _split(content: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name for the way in which a tokenizer splits text before it merges, None if it has none."""
-    before = content.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
-    kinds = [step.get("type") for step in steps]
-    if content.get("normalizer") not in (None, {"type": "NFC"}) or any(step.get("add_prefix_space") for step in steps):
-        return None
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        pattern = steps[0].get("pattern", {}).get("Regex")
-        return next((name for name, regex in _SPLITS.items() if regex == pattern), None)
-    return None
 
 
 def _check_widths(merged: Path) -> None:
@@ -181,7 +216,7 @@ def _quantize(source: Path, target: Path) -> None:
 
 def _settings(writer: Any, config: dict[str, Any], form: str, gguf: Any) -> None:
     heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or {}
+    rope = _rope(config, "full_attention")
     width = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -198,36 +233,25 @@ def _settings(writer: Any, config: dict[str, Any], form: str, gguf: Any) -> None
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if form == "gguf-q8_0" else gguf.LlamaFileType.MOSTLY_F16)
 
 
-def _vocabulary(writer: Any, tokenizer: dict[str, Any], config: dict[str, Any], gguf: Any) -> None:
-    """Tokens by id, their kinds and merges; rows of the embedding without a token get a name that nobody types."""
-    tokens = {number: text for text, number in tokenizer["model"]["vocab"].items()}
-    special = {each["id"]: each for each in tokenizer["added_tokens"]}
-    tokens |= {number: each["content"] for number, each in special.items()}
-    texts, kinds = [], []
-    for number in range(tokenizer["vocabulary"]):
-        texts.append(tokens.get(number, f"[PAD{number}]"))
-        if number not in tokens:
-            kinds.append(gguf.TokenType.UNUSED)
-        elif number in special:
-            control = special[number].get("special")
-            kinds.append(gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED)
-        else:
-            kinds.append(gguf.TokenType.NORMAL)
-    merges = tokenizer["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(tokenizer["split"])
-    writer.add_token_list(texts)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
-    ends = _ids(config.get("eos_token_id"))
-    if ends:
-        writer.add_eos_token_id(ends[0])
-    for name in ("bos", "pad"):
-        for token in _ids(config.get(f"{name}_token_id"))[:1]:
+def _vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Any, config: dict[str, Any]) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.split)
+    writer.add_token_list(vocabulary.tokens)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.kinds)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    for name in ("eos", "bos", "pad", *(("unk",) if vocabulary.model == "llama" else ())):
+        own = getattr(tokenizer, f"{name}_token_id") if vocabulary.model == "llama" else None
+        for token in [*_ids(config.get(f"{name}_token_id")), *_ids(own)][:1]:
             getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_add_bos_token(False)  # a chat template writes its own
-    if tokenizer["template"]:
-        writer.add_chat_template(tokenizer["template"])
+    writer.add_add_bos_token(vocabulary.add_bos)
+    if vocabulary.space_first is not None:
+        writer.add_add_eos_token(False)  # a prompt goes on
+        writer.add_add_space_prefix(vocabulary.space_first)
+    if vocabulary.template:
+        writer.add_chat_template(vocabulary.template)
 
 
 def _ids(value: Any) -> list[int]:

@@ -4,7 +4,10 @@ Only llama.cpp itself can say whether it reads a file as it was meant: a file th
 be gibberish to it. So without `llama-cpp-python` a GGUF form is refused.
 """
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, redirect_stderr
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from regraft.evaluate.holdout import HeldOutRow
 from regraft.evaluate.params import EvaluateParams
 from regraft.export.gguf import MODEL
 from regraft.export.parity import batches
+from regraft.export.sentencepiece import TEMPLATE_SPACE
 
 _IGNORED = -100
 
@@ -88,18 +92,21 @@ class LlamaCpp:
     def check_tokens(self, rows: Sequence[HeldOutRow], tokenizer: Any) -> int:
         """Tokenise every rendered prompt with llama.cpp and return how many were compared.
 
-        A prompt whose own text does not give its ids back (text that looks like a special token) is left out.
+        A prompt whose own text does not give its ids back (text that looks like a special token) is left out. Where the
+        file's template writes a space before every conversation (`regraft.export.sentencepiece`), so is one written here.
 
         Raises:
             DamagedArtifact: llama.cpp splits a prompt otherwise.
         """
         compared, wrong = 0, []
+        template = self._model.metadata.get("tokenizer.chat_template", "")
+        lead = " " if template.startswith(TEMPLATE_SPACE) else ""
         for row in rows:
-            text = tokenizer.decode(row.prompt_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != list(row.prompt_ids):
-                continue
-            compared += 1
-            if self._model.tokenize(text.encode(), add_bos=False, special=True) != list(row.prompt_ids):
+            ids = list(row.prompt_ids)
+            texts = _texts(tokenizer, ids)
+            compared += bool(texts)
+            found = [self._model.tokenize((lead + text).encode(), add_bos=False, special=True) for text in texts]
+            if texts and ids not in found:
                 wrong.append(row.row_id)
         if wrong or not compared:
             raise DamagedArtifact(
@@ -123,3 +130,26 @@ class LlamaCpp:
             self._model.eval([token])
             scores = self._model.scores[self._model.n_tokens - 1]
         return ids, False
+
+
+@contextmanager
+def splitting(file: Path) -> Iterator[Callable[[str], list[int]]]:
+    """Give a function that splits text into ids by a GGUF file's tokenizer, special tokens included; no weights are loaded."""
+    from llama_cpp import Llama
+
+    with redirect_stderr(io.StringIO()):  # it warns of a context that is longer than nothing
+        model: Any = Llama(str(file), vocab_only=True, verbose=False)
+    with closing(model):
+        yield lambda text: list(model.tokenize(text.encode(), add_bos=False, special=True))
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Return the texts that a prompt's ids can have been made of: a space before a piece may be its own or the tokenizer's."""
+
+    def decode(some: list[int]) -> str:
+        return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    added = tokenizer.added_tokens_decoder
+    pieces = [list(piece) for _, piece in groupby(ids, key=lambda each: each if each in added else None)]
+    texts = dict.fromkeys((decode(ids), "".join(decode(piece) for piece in pieces)))
+    return [text for text in texts if list(tokenizer(text, add_special_tokens=False)["input_ids"]) == ids]

@@ -20,15 +20,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from regraft.artifacts import MANIFEST, dir_digest, pretty_json, read_json, write_file
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError, ServiceUnavailable
-from regraft.export.certificate import CERTIFICATE, verify_export
 from regraft.export.dvc_remote import DVC_SCHEME, send_to_dvc
 from regraft.export.hub import SCHEME, send_to_hub
-from regraft.export.standalone import verify_merge
+from regraft.export.whole import verify_folder
 from regraft.failpoints import failpoint
 
 log = logging.getLogger("regraft")
 LATEST = "latest.json"
 _BLOCK = 8 * 2**20  # bytes
+_STORES = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "adlfs", "aiohttp", "paramiko"}
+"""Packages of fsspec's stores; some of their errors are no OSError."""
 
 
 class Pointer(BaseModel):
@@ -81,7 +82,8 @@ def publish_to(
         ParamsError: the URL's protocol is not known here.
         ServiceUnavailable: the store does not answer; the same command goes on.
     """
-    manifest = _verified(folder)
+    verify_folder(folder)
+    manifest = dir_digest(folder)
     name = manifest[:16]
     if url.startswith(SCHEME):
         sent, moved, removed = send_to_hub(folder, url, name, keep=keep, latest=latest, private=private)
@@ -122,10 +124,15 @@ def publish_to(
         return Published(url=url, name=name, sent=sent, moved=moved, removed=removed)
     except RegraftError:
         raise
-    except (OSError, TimeoutError) as error:
+    except Exception as error:  # each store has errors of its own
+        if not isinstance(error, OSError | TimeoutError) and type(error).__module__.split(".")[0] not in _STORES:
+            raise
+        keys = "Credentials" in type(error).__name__
         raise ServiceUnavailable(
             f"{url} cannot be written: {type(error).__name__}: {str(error)[:300]}",
-            fix="run the same command again; what was sent is not sent twice",
+            fix="give the store's keys in the environment (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            if keys
+            else "run the same command again; what was sent is not sent twice",
         ) from error
 
 
@@ -143,14 +150,6 @@ def latest_at(url: str, options: Mapping[str, Any] | None = None) -> Pointer:
     if store.digest(f"{pointer.name}/{MANIFEST}") != pointer.manifest:
         raise DamagedArtifact(f"{url}/{pointer.name} is not the export that {LATEST} names")
     return pointer
-
-
-def _verified(folder: Path) -> str:
-    if (folder / CERTIFICATE).is_file():
-        verify_export(folder)
-    else:
-        verify_merge(folder)
-    return dir_digest(folder)
 
 
 class _Store:

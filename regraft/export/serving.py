@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -106,24 +107,26 @@ def _server(folder: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder.resolve())]
+    log_file = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would stop a server that says much
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--port", str(port)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},  # it looks for a newer version of itself
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=log_file,
     )
     url, began = f"http://127.0.0.1:{port}", time.monotonic()
     try:
         while not _answers(f"{url}/health"):
             if process.poll() is not None or time.monotonic() - began > _PATIENCE:
-                process.kill()
-                said = process.communicate()[1].decode(errors="replace").strip().splitlines()[-1:]
+                log_file.seek(0)
+                said = log_file.read().decode(errors="replace").strip().splitlines()[-1:]
                 raise ServiceUnavailable(f"transformers' server did not start: {' '.join(said) or 'it said nothing'}")
             time.sleep(0.2)
         yield url
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        log_file.close()
 
 
 def _answers(url: str) -> bool:

@@ -13,7 +13,8 @@ import platform
 import sys
 import threading
 import time
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from regraft.failpoints import failpoint
 from regraft.model.params import Quantization
 
 log = logging.getLogger("regraft")
+GGUF_PACKAGES = ("gguf", "llama-cpp-python")
 PACKAGES = ("bitsandbytes", "peft", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -59,6 +61,8 @@ class Job(BaseModel):
     """Output of the stage `preprocess`."""
     quantization: Quantization
     evaluate: EvaluateParams
+    attention: str = "sdpa"
+    """`model.attention`; its kernels differ by rounding only, but not every architecture has each."""
     rows: int
     """Held-out rows to compare, at most."""
     entrants: list[Entrant]
@@ -90,7 +94,7 @@ def verify(job: Job) -> Scores:
     base, holdout = open_base(job.base), read_holdout(job.dataset, job.rows)
     rows = holdout.rows
 
-    model: Any = load_model(base, job.quantization, training=False)
+    model: Any = load_model(base, job.quantization, training=False, attention=job.attention)
     quantized = _quantized(model)
     model, tokenizer = load_adapter(model, job.adapter), load_tokenizer(base)
     reference_file = job.scratch / "reference.f32"
@@ -114,6 +118,9 @@ def verify(job: Job) -> Scores:
         failpoint("export.verified")
     reference_file.unlink()
     environment = {name: version(name) for name in PACKAGES}
+    if any((entrant.form or "").startswith("gguf") for entrant in job.entrants):
+        with suppress(PackageNotFoundError):  # then it was not measured, and the form says so
+            environment |= {name: version(name) for name in GGUF_PACKAGES}
     environment |= {"python": platform.python_version(), "device": _device_name(device())}
     environment["threads"] = str(torch.get_num_threads())
     return Scores(reference=reference, candidates=candidates, environment=dict(sorted(environment.items())))
@@ -175,7 +182,8 @@ def _loaded(entrant: Entrant, job: Job) -> tuple[Any, Any]:
         from regraft.model.load import load_model, load_tokenizer, open_base
 
         base = open_base(job.base)
-        return load_adapter(load_model(base, job.quantization, training=False), entrant.folder), load_tokenizer(base)
+        model = load_model(base, job.quantization, training=False, attention=job.attention)
+        return load_adapter(model, entrant.folder), load_tokenizer(base)
     return load_merged(entrant.folder)
 
 

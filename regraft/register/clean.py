@@ -57,6 +57,15 @@ def tainted_ancestor(parent: str | None, known: Sequence[Version]) -> Version | 
     return None
 
 
+def ancestor_of(version: Version, known: Sequence[Version]) -> Version | None:
+    """Return the tagged version that a version went on from, see `tainted_ancestor`.
+
+    Raises:
+        DamagedArtifact, MissingInput: its lineage cannot be read, so nobody knows what it went on from.
+    """
+    return tainted_ancestor(_text(_section(lineage(version), "train").get("parent_digest")), known)
+
+
 def taint(version: Version, known: Sequence[Version], layout: Layout, *, by_list: bool = True) -> str | None:
     """Say what of a version is to be forgotten; None where nothing is.
 
@@ -71,7 +80,7 @@ def taint(version: Version, known: Sequence[Version], layout: Layout, *, by_list
     if not version.complete:
         return None
     if any(FORGET_TAG in each.tags for each in known):
-        ancestor = tainted_ancestor(_text(_section(lineage(version), "train").get("parent_digest")), known)
+        ancestor = ancestor_of(version, known)
         if ancestor is not None:
             return f"went on from version {ancestor.number}, which was trained on rows that are to be forgotten"
     present = present_list(layout) if by_list else None

@@ -156,23 +156,6 @@ def rollback(
     return _until_done(service, attempt)
 
 
-def check_exportable(params: RegisterParams, layout: Layout, version: Version) -> None:
-    """Check that a version may be given to others: the ledger has it as a champion, or its last verdict passed.
-
-    Raises:
-        GateRefused: neither; the message says what the verdict has against it.
-        ServiceUnavailable: MLflow does not answer.
-    """
-    if was_champion(lookup.ledger(params, layout), version):
-        return
-    _, problems = _judged(version)
-    if problems:
-        raise GateRefused(
-            f"{version.label()} cannot be exported: it never was the champion, and " + "; ".join(problems),
-            fix="`regraft retrain` judges the challenger again; `regraft export` exports the champion",
-        )
-
-
 def _until_done(service: Service, attempt: Callable[[], Promotion | None]) -> Promotion:
     """Try again from the beginning while somebody else is faster."""
     while True:
@@ -262,7 +245,7 @@ def _remembers_nothing(version: Version, why: str | None) -> None:
 
 def _allowed(version: Version, champion: Version | None) -> str:
     """Check that a version's verdict lets it replace this champion; returns the verdict's digest."""
-    verdict, problems = _judged(version)
+    verdict, problems = judged(version)
     present = NO_CHAMPION if champion is None else champion.adapter_digest
     if verdict.judged.get("champion") != present:
         against = verdict.judged.get("champion", "nothing")
@@ -276,7 +259,7 @@ def _allowed(version: Version, champion: Version | None) -> str:
     return version.verdict_digest
 
 
-def _judged(version: Version) -> tuple[Verdict, list[str]]:
+def judged(version: Version) -> tuple[Verdict, list[str]]:
     """Read a version's last verdict; returns it with what speaks against the version, whoever is the champion."""
     if not version.complete:
         raise GateRefused(f"{version.label()} was not registered by Regraft: there is no evidence for it")

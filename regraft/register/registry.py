@@ -21,13 +21,13 @@ from regraft.gates.verdict import VERDICT
 from regraft.layout import STAGES, Layout
 from regraft.lineage import describe, write
 from regraft.register import lookup
-from regraft.register.clean import list_of_stages
+from regraft.register.clean import ancestor_of, list_of_stages, present_list
 from regraft.register.evidence import ANSWERS, Evidence, gather
 from regraft.register.fetch import VERDICTS, check_bundle
 from regraft.register.params import RegisterParams
 from regraft.register.service import Answer, Service, waited_hold
 from regraft.register.store import sqlite_file, store_uri
-from regraft.register.version import CHALLENGER, COMPLETE, LIST_TAG, PREFIX, Version, local_folder
+from regraft.register.version import CHALLENGER, COMPLETE, FORGET_TAG, LIST_TAG, PREFIX, Version, local_folder
 from regraft.snapshot import keep_code
 
 AGAIN = "regraft register"
@@ -60,7 +60,8 @@ def register(
     if sqlite_file(store_uri(params, layout)) is not None:  # milliseconds, and mlflow is not imported
         for known in lookup.versions(params, layout):
             if known.complete and known.identity == evidence.identity and CHALLENGER in known.aliases:
-                if evidence.passed and _says(known, evidence) and listed in (None, known.tags.get(LIST_TAG)):
+                same = _says(known, evidence) and listed in (None, known.tags.get(LIST_TAG))
+                if evidence.passed and same and FORGET_TAG not in known.tags:
                     return known
                 break
     service = Service.of(params, layout, again=AGAIN)
@@ -73,7 +74,7 @@ def register(
             found = service.repeated(lambda: _create(service, params, layout, evidence, bundle, listed))
             shutil.rmtree(bundle, ignore_errors=True)
         version = found
-        return service.repeated(lambda: _point(service, version, evidence, listed))
+        return service.repeated(lambda: _point(service, _cleared(service, version, layout, listed), evidence, listed))
 
 
 def _present(service: Service, params: RegisterParams, evidence: Evidence) -> Version | None:
@@ -132,6 +133,20 @@ def _point(service: Service, version: Version, evidence: Evidence, listed: str |
         version = replace(version, aliases=tuple(sorted({*version.aliases, CHALLENGER})))
     failpoint("register.done")
     return version
+
+
+def _cleared(service: Service, version: Version, layout: Layout, listed: str | None) -> Version:
+    """Take the tag `regraft.forget` off a version that came out the same without what is to be forgotten.
+
+    `regraft data forget` tags a version where it cannot tell what it was trained on. The present list was applied and the
+    training data stayed the same: none of them was in it.
+    """
+    if FORGET_TAG not in version.tags or listed is None or listed != present_list(layout):
+        return version
+    if ancestor_of(version, service.versions(version.name)) is not None:
+        return version
+    service.ask("delete_model_version_tag", version.name, str(version.number), FORGET_TAG)
+    return replace(version, tags={key: value for key, value in version.tags.items() if key != FORGET_TAG})
 
 
 def _says(version: Version, evidence: Evidence) -> bool:

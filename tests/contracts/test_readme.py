@@ -17,7 +17,10 @@ from regraft.params import explain
 from regraft.validate.forgotten import FORGET
 
 ROOT = Path(__file__).parent.parent.parent
-DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "docs/data.md")}
+DOCS = {
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "docs/data.md", "docs/export.md")
+}
 TEXT = "\n".join(DOCS.values())
 TYPED = [
     line.split("  #")[0].strip()
@@ -57,7 +60,9 @@ def test_every_command_has_help_for_itself_and_for_each_argument() -> None:
 
 
 def test_every_parameter_block_in_the_readme_is_valid_on_top_of_the_shipped_one() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", DOCS["README.md"] + DOCS["docs/data.md"], flags=re.DOTALL)
+    blocks = re.findall(
+        r"```yaml\n(.*?)```", DOCS["README.md"] + DOCS["docs/data.md"] + DOCS["docs/export.md"], flags=re.DOTALL
+    )
     assert len(blocks) >= 5
     for block in blocks:
         shipped = YAML(typ="safe").load(ROOT / "params.yaml")

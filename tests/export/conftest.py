@@ -20,6 +20,7 @@ def _load(name: str) -> None:
 
 
 _load("small")
+_load("pieces")
 _load("hub_server")
 
 

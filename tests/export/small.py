@@ -103,12 +103,12 @@ def save_peft_merged(base: Path, adapter: Path, folder: Path) -> Path:
 
 
 def make_model(kind: str, folder: Path, *, dtype: str = "bfloat16", **more: Any) -> Path:
-    """A random model of one of `ARCHITECTURES`, every parameter of it random."""
+    """A random model of a kind (those of `ARCHITECTURES` with what they need), every parameter of it random."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(5)
-    settings = {**SIZES, **ARCHITECTURES[kind], **more}
+    settings = {**SIZES, **ARCHITECTURES.get(kind, {}), **more}
     config = AutoConfig.for_model(kind, **{name: value for name, value in settings.items() if value is not None})
     model = AutoModelForCausalLM.from_config(config)
     for _, parameter in sorted(model.named_parameters()):
@@ -161,8 +161,15 @@ export: {min_top1_agreement: 0.95, max_mean_kl: 0.001}
 """
 
 
-def make_clone(root: Path, *, size: float = 0.1) -> str:
-    """Write everything that an export reads, as the stages leave it in a clone, and return the version's identity."""
+def make_clone(root: Path, *, size: float = 0.1, family: str | None = None) -> str:
+    """Write everything that an export reads, as the stages leave it in a clone, and return the version's identity.
+
+    Args:
+        root: where to.
+        size: of the adapter's factors.
+        family: a model with a sentencepiece tokenizer of this family (`pieces.make`) instead of byte-level BPE.
+    """
+    import pieces
     import tiny
 
     from regraft.artifacts import digest_json, write_json
@@ -172,7 +179,7 @@ def make_clone(root: Path, *, size: float = 0.1) -> str:
     from regraft.model.pin import pin
 
     layout = Layout(root)
-    weights = tiny.make_base(root / "base")
+    weights = pieces.make_base(root / "base", family) if family else tiny.make_base(root / "base")
     (weights / "LICENSE").write_text("Do as you like.\n")
     (weights / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     layout.params.write_text(PARAMS.replace("BASE", str(weights)))
@@ -187,7 +194,7 @@ def make_clone(root: Path, *, size: float = 0.1) -> str:
     return digest_json(parts)
 
 
-def export_here(root: Path, **changed: Any) -> Any:
+def export_here(root: Path, *, attention: str = "sdpa", **changed: Any) -> Any:
     """Export in this process, with the clone's files and some parameters changed."""
     from regraft.artifacts import read_json
     from regraft.evaluate.params import EvaluateParams
@@ -207,6 +214,7 @@ def export_here(root: Path, **changed: Any) -> Any:
         lineage=lineage,
         out_root=layout.exports,
         identity=lineage["identity"]["digest"],
+        attention=attention,
     )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import small
 
 from regraft.cli import run
-from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError
+from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError, ServiceUnavailable
 from regraft.export.remote import LATEST, latest_at, publish_to
 from regraft.export.standalone import merge_adapter
 
@@ -120,6 +121,44 @@ def test_a_store_that_cannot_be_written_says_so_and_can_be_tried_again(
     monkeypatch.delenv("REGRAFT_FAILPOINT")
 
     assert publish_to(merges[0], str(tmp_path)).moved
+
+
+def test_missing_keys_and_errors_of_a_stores_own_package_are_no_bug_of_ours(
+    merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    def failing(module: str, name: str) -> None:
+        error = type(name, (Exception,), {"__module__": module})
+
+        def put(*_: Any) -> None:
+            raise error("no such thing")
+
+        monkeypatch.setattr(LocalFileSystem, "put_file", put)
+
+    failing("botocore.exceptions", "NoCredentialsError")
+    with pytest.raises(ServiceUnavailable, match="cannot be written: NoCredentialsError") as refusal:
+        publish_to(merges[0], str(tmp_path / "store"))
+    assert "AWS_ACCESS_KEY_ID" in str(refusal.value.fix)
+    failing("botocore.exceptions", "EndpointConnectionError")
+    with pytest.raises(ServiceUnavailable, match=r"EndpointConnectionError.*\n  next: run the same command again"):
+        publish_to(merges[0], str(tmp_path / "store"))
+    failing("regraft.somewhere", "Mistake")
+    with pytest.raises(Exception, match="no such thing") as mistake:
+        publish_to(merges[0], str(tmp_path / "store"))
+    assert type(mistake.value).__name__ == "Mistake"
+
+
+def test_a_folder_that_is_nothing_of_ours_or_damaged_is_named_with_what_to_do(
+    merges: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(MissingInput, match=r"has no manifest\.json\n  next: name an export, or a folder that"):
+        publish_to(tmp_path, str(tmp_path / "store"))
+    copy = shutil.copytree(merges[0], tmp_path / "copy")
+    (copy / "config.json").write_text("{}")
+    with pytest.raises(DamagedArtifact, match=r"config\.json: .*\n  next: copy it again"):
+        publish_to(copy, str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
 
 
 def test_an_unknown_protocol_is_an_error(merges: list[Path]) -> None:

@@ -58,6 +58,11 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal.value.fix == "pip install openai, then run it again"
 
 
+def test_without_check_it_is_said_what_serves(capsys: Any, tmp_path: Path) -> None:
+    assert run(["serve", str(tmp_path)]) == 2
+    assert "transformers serve" in capsys.readouterr().err
+
+
 @pytest.mark.service
 def test_transformers_server_answers_as_the_exported_files_do(exported: Any, capsys: Any) -> None:
     """Needs the package `openai`."""

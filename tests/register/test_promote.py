@@ -15,7 +15,8 @@ from regraft.errors import DamagedArtifact, GateRefused, MissingInput
 from regraft.layout import Layout
 from regraft.register import lookup
 from regraft.register import promote as module
-from regraft.register.promote import Promotion, check_exportable, promote, rollback
+from regraft.register.exportable import check_exportable
+from regraft.register.promote import Promotion, promote, rollback
 from regraft.register.registry import register
 from regraft.register.service import Service
 from regraft.register.version import Entry, Version, champions, shorten
