@@ -4,7 +4,7 @@ Regular expressions run over a column at once (RE2, linear time). Only texts tha
 at one by one, for what an expression cannot say (a check digit).
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import pyarrow as pa
@@ -26,12 +26,11 @@ def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None]
     The table has a boolean column for each `Reason` but `duplicate`, which takes more than one batch to see.
     """
     rows = [None if raw.record is None else mapping.row(raw.record) for raw in batch]
-    given = [_given(raw, row) for raw, row in zip(batch, rows, strict=True)]
-    columns: dict[str, Any] = {
-        reason.value: pa.array([reason in each for each in given], pa.bool_())
-        for reason in Reason
-        if reason != Reason.DUPLICATE
-    }
+    places: dict[Reason, list[int]] = {reason: [] for reason in Reason if reason != Reason.DUPLICATE}
+    for place, (raw, row) in enumerate(zip(batch, rows, strict=True)):
+        for reason in _given(raw, row):
+            places[reason].append(place)
+    columns: dict[str, Any] = {reason.value: _at(found, len(batch)) for reason, found in places.items()}
 
     readable = [row is not None and Reason.NOT_UTF8 not in row.reasons for row in rows]
     texts = pa.array(
@@ -69,24 +68,31 @@ def _of_texts(texts: Any, params: ValidateParams) -> dict[str, Any]:
             columns[kind] = _none(texts)
             continue
         hints: Any = pc.fill_null(pc.match_substring_regex(texts, patterns.HINTS[kind]), False)
-        found = [False] * len(texts)
-        for place in pc.indices_nonzero(hints).to_pylist():
-            found[place] = next(find(texts[place].as_py()), None) is not None
-        columns[kind] = pa.array(found, pa.bool_())
+        hinted: list[int] = pc.indices_nonzero(hints).to_pylist()
+        columns[kind] = _at([i for i in hinted if next(find(texts[i].as_py()), None) is not None], len(texts))
     return columns
 
 
 def _of_ids(rows: list[Row | None], readable: list[bool], params: ValidateParams) -> pa.BooleanArray:
     """Say which rows have an address for an id: it would be stored beside the row."""
-    looked_at = "email" in params.pii
-    return pa.array(
-        [
-            looked_at and ok and row is not None and row.id is not None and any(patterns.find_emails(row.id))
-            for row, ok in zip(rows, readable, strict=True)
-        ],
-        pa.bool_(),
-    )
+    if "email" not in params.pii:
+        return _none(rows)
+    found = [
+        place
+        for place, (row, ok) in enumerate(zip(rows, readable, strict=True))
+        if ok and row is not None and row.id is not None and "@" in row.id and any(patterns.find_emails(row.id))
+    ]
+    return _at(found, len(rows))
 
 
-def _none(texts: Any) -> pa.BooleanArray:
-    return pa.array([False] * len(texts), pa.bool_())
+def _none(rows: Sized) -> pa.BooleanArray:
+    return _at([], len(rows))
+
+
+def _at(places: Sequence[int], rows: int) -> pa.BooleanArray:
+    """Return a column that is true at these places."""
+    import numpy as np
+
+    column = np.zeros(rows, bool)
+    column[list(places)] = True
+    return pa.array(column)

@@ -6,6 +6,7 @@ give the same bytes.
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,24 +52,28 @@ _ESCAPE = re.compile(r"\\u00([0-7][0-9a-fA-F])")
 
 
 class ParquetRows:
-    """A Parquet file written row by row, a row group of `_GROUP` rows at a time."""
+    """A Parquet file written a row group of `_GROUP` rows at a time, whatever the tables that it is given."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
-        self._schema = schema
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
         self.count = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a row."""
-        self._waiting.append(row)
-        self.count += 1
-        if len(self._waiting) == _GROUP:
+    def add(self, table: pa.Table) -> None:
+        """Append rows."""
+        self._waiting.append(table)
+        self._rows += table.num_rows
+        self.count += table.num_rows
+        while self._rows >= _GROUP:
             self._write()
 
     def _write(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._waiting, self._schema), row_group_size=_GROUP)
-        self._waiting.clear()
+        table = pa.concat_tables(self._waiting)
+        self._writer.write_table(table.slice(0, _GROUP).combine_chunks(), row_group_size=_GROUP)
+        rest = table.slice(_GROUP)
+        self._waiting = [rest] if rest.num_rows else []
+        self._rows = rest.num_rows
 
     def __enter__(self) -> Self:
         return self
@@ -77,25 +82,43 @@ class ParquetRows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and self._waiting:
+            if kind is None and self._rows:
                 self._write()
         finally:
             self._writer.close()
 
 
-def accepted(row_id: str, source: str, line: int, row: Row) -> dict[str, Any]:
-    """Return an accepted row as rows.parquet holds it."""
-    own = {"rejected": row.rejected, "wanted": row.wanted} if row.is_preference else {}
-    return {
-        "row_id": row_id,
-        "source": source,
-        "line": line,
-        "messages": row.messages,
-        "slices": list(row.slices.items()),
-        "at": row.at,
-        "id": row.id,
-        **own,
+def accepted(
+    schema: pa.Schema, row_ids: Sequence[str], source: str, lines: Sequence[int], rows: Sequence[Row]
+) -> pa.Table:
+    """Return accepted rows of a file as rows.parquet holds them."""
+    columns: dict[str, Any] = {
+        "row_id": row_ids,
+        "source": [source] * len(rows),
+        "line": lines,
+        "messages": _messages([row.messages for row in rows], schema.field("messages").type),
+        "slices": [list(row.slices.items()) for row in rows],
+        "at": [row.at for row in rows],
+        "id": [row.id for row in rows],
+        "rejected": [row.rejected for row in rows],
+        "wanted": [row.wanted for row in rows],
     }
+    return pa.Table.from_arrays(
+        [
+            each if isinstance(each, pa.Array) else pa.array(each, schema.field(name).type)
+            for name in schema.names
+            for each in [columns[name]]
+        ],
+        schema=schema,
+    )
+
+
+def _messages(conversations: Sequence[list[dict[str, str]]], kind: Any) -> Any:
+    """Return lists of messages as an Arrow column, without a look at each message by Arrow."""
+    ends = pa.array([0, *accumulate(map(len, conversations))], pa.int32())
+    flat = list(chain.from_iterable(conversations))
+    members = [pa.array([each.get(member.name) for each in flat], member.type) for member in kind.value_type]
+    return pa.ListArray.from_arrays(ends, pa.StructArray.from_arrays(members, fields=list(kind.value_type)), type=kind)
 
 
 def quarantined(source: str, raw: RawRow, identity: str | None, reasons: Sequence[Reason]) -> dict[str, Any]:

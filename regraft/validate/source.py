@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 from regraft.errors import DataError
 from regraft.validate.params import Reason
@@ -43,9 +43,8 @@ class DataFile:
     compression: Compression | None = None
 
 
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was read: `record` where it could be, else the reason why not."""
+class RawRow(NamedTuple):
+    """A row as it was read: `record` where it could be, else the reason why not; neither, while it is not parsed."""
 
     line: int
     """Where the row begins, from 1 (in a .json file the place in its list)."""
@@ -62,6 +61,11 @@ class Opened:
     digest: str = ""
     problem: str | None = None
     columns: list[str] = field(default_factory=list)
+
+    def judge(self, read: int, readable: int) -> None:
+        """Take a file for unreadable of which no row could be read."""
+        if self.problem is None and not readable:
+            self.problem = "it is empty" if not read else f"not one of its {read:,} rows can be read"
 
 
 def find_files(raw: list[str], root: Path) -> tuple[list[DataFile], list[str]]:
@@ -97,13 +101,14 @@ def find_files(raw: list[str], root: Path) -> tuple[list[DataFile], list[str]]:
     return [found[name] for name in sorted(found)], sorted(ignored - set(found))
 
 
-def read_rows(file: DataFile, longest: int, opened: Opened) -> Iterator[RawRow]:
+def read_rows(file: DataFile, longest: int, opened: Opened, *, parse: bool = True) -> Iterator[RawRow]:
     """Yield every row of a file, in order; `opened` is filled in by the time of the last one.
 
     Args:
         file: what to read.
         longest: bytes of a line at most; the rest of a longer one is passed over, and it is `over_long`.
         opened: gets the file's sha256, and its problem where it cannot be read as a whole.
+        parse: whether lines of JSON are parsed; else `parsed` is to be called on each row, and `opened.judge` at the end.
     """
     if not file.path.is_file():
         raise DataError(f"{file.name} is not a file", fix="mend the link (`dvc checkout`?), or take it out of data.raw")
@@ -117,7 +122,8 @@ def read_rows(file: DataFile, longest: int, opened: Opened) -> Iterator[RawRow]:
             inner = None if file.compression is None else Decompressed(whole, file.compression)
             if inner is not None:
                 stream = io.BufferedReader(inner, 1 << 20)
-            for row in _reader(file, stream, longest, opened):
+            rows = _reader(file, stream, longest, opened)
+            for row in map(parsed, rows) if parse else rows:
                 read += 1
                 readable += row.record is not None
                 yield row
@@ -128,8 +134,8 @@ def read_rows(file: DataFile, longest: int, opened: Opened) -> Iterator[RawRow]:
             opened.digest = hashing.sha256.hexdigest()
     except OSError as error:
         raise DataError(f"{file.name} cannot be read: {error.strerror or error}", fix="check its mode") from error
-    if opened.problem is None and not readable:
-        opened.problem = "it is empty" if not read else f"not one of its {read:,} rows can be read"
+    if parse:
+        opened.judge(read, readable)
 
 
 def columns_of(file: DataFile, wanted: set[str], longest: int) -> set[str]:
@@ -186,10 +192,14 @@ def _read_jsonl(stream: IO[bytes], longest: int) -> Iterator[RawRow]:
         elif not raw.strip():
             yield RawRow(line, raw, reason=Reason.EMPTY_ROW)
         else:
-            yield _parsed(line, raw)
+            yield RawRow(line, raw)
 
 
-def _parsed(line: int, raw: bytes) -> RawRow:
+def parsed(row: RawRow) -> RawRow:
+    """Return a row of JSON parsed, and any other as it is."""
+    if row.record is not None or row.reason is not None:
+        return row
+    line, raw = row.line, row.raw
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:

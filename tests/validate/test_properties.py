@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regraft.validate.forgotten import Forgotten
+from regraft.validate.look import Looker
 from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.quarantine import QUARANTINE, ROWS, TOOL_ROWS, ParquetRows
 from regraft.validate.source import Opened, find_files, read_rows
 from regraft.validate.sources import mappings
 from regraft.validate.validate import _read_file, _Tally
+from regraft.validate.work import Lookers
 
 TEXT = st.one_of(
     st.text(max_size=30),
@@ -103,9 +105,13 @@ def read_all(root: Path, data: DataParams, params: ValidateParams, forgotten: Fo
     read_as = mappings(data, params, files, root, longest)
     tally = _Tally(set(), set())
     schema = ROWS if data.tools is None else TOOL_ROWS
-    with ParquetRows(root / "rows.parquet", schema) as rows, ParquetRows(root / "kept.parquet", QUARANTINE) as kept:
+    with (
+        ParquetRows(root / "rows.parquet", schema) as rows,
+        ParquetRows(root / "kept.parquet", QUARANTINE) as kept,
+        Lookers(Looker(read_as, forgotten, schema), files) as lookers,
+    ):
         for file in files:
-            _read_file(file, read_as[file.name], forgotten, longest, tally, rows, kept)
+            _read_file(file, lookers, params.duplicates, longest, tally, rows, kept)
     found = [pq.read_table(root / name).to_pylist() for name in ("rows.parquet", "kept.parquet")]
     return tally, *found
 
