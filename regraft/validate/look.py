@@ -3,7 +3,7 @@
 Nothing here depends on who looks, or when: the same batch gives the same tables.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,15 @@ import pyarrow.compute as pc
 
 from regraft.validate.forgotten import Forgotten
 from regraft.validate.mapping import Mapping, Row, row_digests
-from regraft.validate.measures import FOREIGN, measure
-from regraft.validate.params import DataParams, Reason
+from regraft.validate.measures import FOREIGN, OTHER_LANGUAGE, measure
+from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
 from regraft.validate.quarantine import QUARANTINE, accepted, quarantined
 from regraft.validate.source import RawRow, parsed
 from regraft.validate.template import as_text
 
+COUNTED = (FOREIGN, OTHER_LANGUAGE)
+"""Columns that are no reason by themselves."""
 _LABEL = 1_000  # characters of a label that are looked at
 
 
@@ -46,8 +48,9 @@ class Looked:
     """Of each of them, the value of each slice."""
     labels: list[str] = field(default_factory=list)
     """Labels that are not allowed, masked and cut."""
-    foreign: Any = None
-    """Of every row, in an Arrow array, whether it is in other scripts; None where that is not looked at."""
+    counted: dict[str, Any] = field(default_factory=dict)
+    """Of every row, in an Arrow array, whether it is in other scripts (`FOREIGN`), and in other languages, where that is
+    looked at."""
 
 
 @dataclass
@@ -84,7 +87,10 @@ class Looker:
         good: list[Any] = [rows[place] for place in fit]
         digests = [row_digests(row) for row in good]
         names = sorted({*mapping.data.slices, *([] if mapping.source is None else ["source"])})
-        kept = [quarantined(name, raws[i], id_of(raws[i], rows[i], mapping.data), why) for i, why in reasons.items()]
+        hide = masker(mapping.params)
+        kept = [
+            quarantined(name, raws[i], id_of(raws[i], rows[i], mapping.data), why, hide) for i, why in reasons.items()
+        ]
         return Looked(
             lines=[raw.line for raw in raws],
             readable=readable,
@@ -95,8 +101,8 @@ class Looker:
             rows=accepted(self.schema, [each[0] for each in digests], name, [raws[i].line for i in fit], good),
             keys=[each[1] for each in digests],
             slices={each: [row.slices.get(each) for row in good] for each in names},
-            labels=[_shown(row.label) for row in rows if row is not None and row.label is not None],
-            foreign=measured[FOREIGN].combine_chunks() if FOREIGN in measured.column_names else None,
+            labels=[_shown(row.label, hide) for row in rows if row is not None and row.label is not None],
+            counted={each: measured[each].combine_chunks() for each in COUNTED if each in measured.column_names},
         )
 
 
@@ -125,5 +131,15 @@ def _is_forgotten(forgotten: Forgotten, raw: RawRow, row: Row | None, data: Data
     return forgotten.holds(None, identity) if row is None else forgotten.holds(row.messages, identity, row.rejected)
 
 
-def _shown(label: str) -> str:
-    return mask(label[:_LABEL]).encode(errors="replace").decode()[:40]
+def masker(params: ValidateParams) -> Callable[[str], str]:
+    """Return what hides personal data: always what patterns find, and what Presidio finds where it is asked."""
+    if params.personal is None:
+        return mask
+    from regraft.validate.personal import analyst
+
+    hide = analyst(params.personal).mask
+    return lambda text: hide(mask(text))
+
+
+def _shown(label: str, hide: Callable[[str], str]) -> str:
+    return hide(label[:_LABEL]).encode(errors="replace").decode()[:40]

@@ -18,6 +18,8 @@ from regraft.validate.source import RawRow
 _TEXT = {"control_characters": patterns.CONTROL, "bidi_characters": patterns.BIDI, "mojibake": patterns.MOJIBAKE}
 FOREIGN = "foreign"
 """The column of rows in other scripts than those allowed; not a reason by itself."""
+OTHER_LANGUAGE = "other_language"
+"""The column of rows in other languages than those allowed; not a reason by itself."""
 
 
 def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None], pa.Table]:
@@ -48,7 +50,32 @@ def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None]
         columns[FOREIGN] = foreign
         if mapping.params.scripts.quarantine:
             columns[Reason.FOREIGN_SCRIPT] = foreign
+    columns |= _of_extras(rows, readable, mapping.params)
     return rows, pa.table(columns)
+
+
+def _of_extras(rows: Sequence[Row | None], readable: Sequence[bool], params: ValidateParams) -> dict[str, Any]:
+    """Return what takes a library of its own; over-long rows are not looked at, so that the time for each is bounded."""
+    columns: dict[str, Any] = {}
+    short = [ok and row is not None and row.size <= params.max_bytes for row, ok in zip(rows, readable, strict=True)]
+    if params.language is not None:
+        from regraft.validate.languages import others
+
+        strange = others(rows, short, params.language, answers=not params.answers_are_json)
+        columns[OTHER_LANGUAGE] = _at(strange, len(rows))
+        if params.language.quarantine:
+            columns[Reason.FOREIGN_LANGUAGE] = columns[OTHER_LANGUAGE]
+    if params.personal is not None:
+        from regraft.validate.personal import analyst
+
+        finds = analyst(params.personal).finds
+        found = [
+            place
+            for place, row in enumerate(rows)
+            if short[place] and row is not None and (finds(row.text) or (row.id is not None and finds(row.id)))
+        ]
+        columns[Reason.PERSONAL_DATA] = _at(found, len(rows))
+    return columns
 
 
 def _given(raw: RawRow, row: Row | None) -> set[Reason]:

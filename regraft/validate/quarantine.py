@@ -5,7 +5,7 @@ give the same bytes.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +38,8 @@ _QUARANTINE: dict[str, Any] = {
     "raw": pa.string(),
     "reasons": pa.list_(pa.string()),
 }
+Hide = Callable[[str], str]
+"""Replaces personal data in a text by its kind."""
 ROWS = pa.schema(_ROWS)
 """Columns of rows.parquet."""
 TOOL_ROWS = pa.schema(_ROWS | {"messages": pa.list_(pa.struct(_MESSAGE | dict.fromkeys(EXTRAS, pa.string())))})
@@ -121,18 +123,20 @@ def _messages(conversations: Sequence[list[dict[str, str]]], kind: Any) -> Any:
     return pa.ListArray.from_arrays(ends, pa.StructArray.from_arrays(members, fields=list(kind.value_type)), type=kind)
 
 
-def quarantined(source: str, raw: RawRow, identity: str | None, reasons: Sequence[Reason]) -> dict[str, Any]:
-    """Return a row as quarantine.parquet holds it: at most 2,000 characters, personal data and secrets masked."""
+def quarantined(
+    source: str, raw: RawRow, identity: str | None, reasons: Sequence[Reason], hide: Hide = mask
+) -> dict[str, Any]:
+    """Return a row as quarantine.parquet holds it: at most 2,000 characters, personal data and secrets masked by `hide`."""
     return {
         "source": source,
         "line": raw.line,
-        "id": None if identity is None else mask(_clean(identity[:_SHOWN])),
-        "raw": shown(raw),
+        "id": None if identity is None else hide(_clean(identity[:_SHOWN])),
+        "raw": shown(raw, hide),
         "reasons": [reason.value for reason in reasons],
     }
 
 
-def shown(raw: RawRow) -> str:
+def shown(raw: RawRow, hide: Hide = mask) -> str:
     """Return what is kept of a quarantined row.
 
     A row that was read is masked value by value and written anew as JSON, so that an escaped character hides nothing;
@@ -140,25 +144,25 @@ def shown(raw: RawRow) -> str:
     """
     if raw.record is not None:
         try:
-            return _clean(as_text(_masked(raw.record)))[:_SHOWN]
+            return _clean(as_text(_masked(raw.record, hide)))[:_SHOWN]
         except RecursionError:
             pass  # nested as deep as the parser goes: shown as it stands in the file
     text = raw.raw.decode("utf-8", errors="replace")
-    return _mask_start(_ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text))[:_SHOWN]
+    return _mask_start(_ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text), hide)[:_SHOWN]
 
 
-def _mask_start(text: str) -> str:
+def _mask_start(text: str, hide: Hide) -> str:
     """Return the masked beginning of a text, without the end, where something half cut off would not be known."""
-    return mask(text) if len(text) <= _LOOKED_AT else mask(text[:_LOOKED_AT])[:-1_000]
+    return hide(text) if len(text) <= _LOOKED_AT else hide(text[:_LOOKED_AT])[:-1_000]
 
 
-def _masked(value: Any) -> Any:
+def _masked(value: Any, hide: Hide) -> Any:
     if isinstance(value, str):
-        return _mask_start(value)
+        return _mask_start(value, hide)
     if isinstance(value, dict):
-        return {_mask_start(str(key)): _masked(each) for key, each in value.items()}
+        return {_mask_start(str(key), mask): _masked(each, hide) for key, each in value.items()}
     if isinstance(value, list):
-        return [_masked(each) for each in value]
+        return [_masked(each, hide) for each in value]
     if isinstance(value, int | float) and mask(str(value)) != str(value):
         return mask(str(value))
     return value

@@ -26,15 +26,14 @@ from regraft.failpoints import failpoint
 from regraft.validate.expectations import Counts, Expected, expected
 from regraft.validate.forgotten import FORGET, shape_of
 from regraft.validate.forgotten import load as load_forgotten
-from regraft.validate.look import Looked, Looker
-from regraft.validate.measures import FOREIGN
+from regraft.validate.look import Looked, Looker, id_of, masker
+from regraft.validate.measures import FOREIGN, OTHER_LANGUAGE
 from regraft.validate.params import OTHER, DataParams, Reason, ValidateParams
 from regraft.validate.quarantine import PREFERENCES, QUARANTINE, ROWS, TOOL_ROWS, ParquetRows, quarantined
 from regraft.validate.report import ExpectationResult, FileResult, TimeRange, ValidateReport
 from regraft.validate.seen import Seen
 from regraft.validate.source import DataFile, Opened, RawRow, find_files, parsed, read_rows
 from regraft.validate.sources import mappings
-from regraft.validate.template import as_text
 from regraft.validate.work import Lookers
 
 log = logging.getLogger("regraft")
@@ -81,6 +80,12 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
     )
     if params.scripts is not None:
         tally.counts.foreign = 0
+    if params.language is not None:
+        from regraft.validate.languages import allowed_codes
+
+        allowed_codes(params.language)  # what is not installed or known is found before anything is read
+        tally.counts.other_language = 0
+    masker(params)
     schema = ROWS if all(each.data.tools is None for each in read_as.values()) else TOOL_ROWS
     if any(each.preferences for each in read_as.values()):
         schema = PREFERENCES
@@ -199,13 +204,13 @@ def _take_out(name: str, batch: list[RawRow], looked: Looked, again: list[bool],
     """Quarantine the rows that occurred before."""
     by_line = {raw.line: raw for raw in batch}
     first = [i for i, each in enumerate(again) if not each]
-    data = lookers.looker.mappings[name].data
+    mapping = lookers.looker.mappings[name]
     more = []
     for i, each in enumerate(again):
         if each:
             raw = parsed(by_line[looked.lines[looked.fit[i]]])
-            identity = as_text(raw.record.get(data.id)) if raw.record is not None and data.id is not None else None
-            more.append((looked.fit[i], quarantined(name, raw, identity or None, [Reason.DUPLICATE])))
+            row = quarantined(name, raw, id_of(raw, None, mapping.data), [Reason.DUPLICATE], masker(mapping.params))
+            more.append((looked.fit[i], row))
     places = [*looked.reasons, *(place for place, _ in more)]
     looked.reasons = dict(sorted({**looked.reasons, **{place: [Reason.DUPLICATE] for place, _ in more}}.items()))
     both = pa.concat_tables([looked.kept, pa.Table.from_pylist([row for _, row in more], QUARANTINE)])
@@ -260,10 +265,11 @@ def _count(tally: _Tally, name: str, looked: Looked, twice: list[int]) -> None:
         for reason in sorted(tally.watched)
     }
     columns: dict[str, Any] = {column: _flags(places, number) for column, places in flags.items()}
-    if looked.foreign is not None:
-        assert counts.foreign is not None
-        columns[FOREIGN] = looked.foreign.cast(pa.int8())
-        counts.foreign += looked.foreign.true_count
+    columns |= {column: found.cast(pa.int8()) for column, found in looked.counted.items()}
+    if counts.foreign is not None:
+        counts.foreign += looked.counted[FOREIGN].true_count
+    if counts.other_language is not None:
+        counts.other_language += looked.counted[OTHER_LANGUAGE].true_count
     tally.flags.append(pa.table(columns))
 
 
@@ -305,6 +311,7 @@ def _report(tally: _Tally, wanted: list[Expected], passed: dict[str, bool], igno
         ignored=ignored,
         rows_forgotten=counts.forgotten,
         rows_in_other_scripts=counts.foreign,
+        rows_in_other_languages=counts.other_language,
         data_digest=tally.digest.hexdigest(),
     )
 
