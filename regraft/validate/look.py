@@ -16,7 +16,7 @@ from regraft.validate.measures import FOREIGN, OTHER_LANGUAGE, measure
 from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
 from regraft.validate.quarantine import QUARANTINE, accepted, quarantined
-from regraft.validate.source import RawRow, parsed
+from regraft.validate.raw import RawRow, parsed
 from regraft.validate.template import as_text
 
 COUNTED = (FOREIGN, OTHER_LANGUAGE)

@@ -152,11 +152,11 @@ class Mapping:
             return
         try:
             time = datetime.fromisoformat(found)
-        except (TypeError, ValueError):
+            if time.tzinfo is not None:
+                time = time.astimezone(UTC)
+        except (TypeError, ValueError, OverflowError):  # the last: the first day of the year 1, further east
             row.reasons.add(Reason.WRONG_TIME)
             return
-        if time.tzinfo is not None:
-            time = time.astimezone(UTC)
         row.at = time.date().isoformat() if len(found) <= len("2026-09-01") else time.isoformat()
 
     def _judge_turns(self, row: Row) -> None:

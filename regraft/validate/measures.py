@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from regraft.validate import patterns
 from regraft.validate.mapping import Mapping, Row
 from regraft.validate.params import Reason, ValidateParams
-from regraft.validate.source import RawRow
+from regraft.validate.raw import RawRow
 
 _TEXT = {"control_characters": patterns.CONTROL, "bidi_characters": patterns.BIDI, "mojibake": patterns.MOJIBAKE}
 FOREIGN = "foreign"

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     FOREIGN_SCRIPT = "foreign_script"
     FOREIGN_LANGUAGE = "foreign_language"
     PERSONAL_DATA = "personal_data"
+    DUPLICATE_KEYS = "duplicate_keys"
 
 
 def _checked(template: str) -> str:

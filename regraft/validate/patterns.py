@@ -188,7 +188,11 @@ HINTS = {
 
 
 _SHORTEST, _SHORTEST_OF_LETTERS = 6, 15  # characters of the shortest thing that is masked, and of one of letters alone
-# Both begin with a class of characters, by which a search goes on at memory's speed.
+_SECRET_SIGNS = (
+    "PRIVATE KEY", "sk-", "AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "xox", "hf_", "glpat-", "eyJ",
+)  # fmt: skip
+# Each begins with a class of characters, by which a search goes on at memory's speed.
+_COUNTRY_CODE = re.compile("\\+[1-9]|00[1-9]")
 _LETTERS_THEN_DIGITS = re.compile("[0-9]{2}(?<=[A-Za-z]{2}[0-9]{2})")
 _THIRTEEN_DIGITS = re.compile(f"[0-9](?:{_GAP}?[0-9]){{12}}")
 
@@ -196,13 +200,13 @@ _THIRTEEN_DIGITS = re.compile(f"[0-9](?:{_GAP}?[0-9]){{12}}")
 def _may_hold(text: str) -> list[str]:
     """Return the kinds whose finders might find something: none is left out that would, and it takes a tenth of the time."""
     found = []
-    if "-" in text or "_" in text or "AKIA" in text or "eyJ" in text:
+    if any([sign in text for sign in _SECRET_SIGNS]):  # noqa: C419 - a list is made in half the time of a generator
         found.append("secret")
     if _LETTERS_THEN_DIGITS.search(text):
         found.append("iban")
     if _THIRTEEN_DIGITS.search(text):
         found.append("card_number")
-    if "+" in text or "00" in text:
+    if _COUNTRY_CODE.search(text):
         found.append("phone")
     if "@" in text:
         found.append("email")

@@ -18,7 +18,7 @@ from regraft.messages import EXTRAS
 from regraft.validate.mapping import Row
 from regraft.validate.params import Reason
 from regraft.validate.patterns import mask
-from regraft.validate.source import RawRow
+from regraft.validate.raw import RawRow
 from regraft.validate.template import as_text
 
 _MESSAGE: dict[str, Any] = {"role": pa.string(), "content": pa.string()}

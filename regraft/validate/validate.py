@@ -30,9 +30,10 @@ from regraft.validate.look import Looked, Looker, id_of, masker
 from regraft.validate.measures import FOREIGN, OTHER_LANGUAGE
 from regraft.validate.params import OTHER, DataParams, Reason, ValidateParams
 from regraft.validate.quarantine import PREFERENCES, QUARANTINE, ROWS, TOOL_ROWS, ParquetRows, quarantined
+from regraft.validate.raw import RawRow, parsed
 from regraft.validate.report import ExpectationResult, FileResult, TimeRange, ValidateReport
 from regraft.validate.seen import Seen
-from regraft.validate.source import DataFile, Opened, RawRow, find_files, parsed, read_rows
+from regraft.validate.source import DataFile, Opened, find_files, read_rows
 from regraft.validate.sources import mappings
 from regraft.validate.work import Lookers
 

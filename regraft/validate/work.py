@@ -19,7 +19,8 @@ from typing import Self
 
 from regraft.errors import RegraftError
 from regraft.validate.look import Looked, Looker
-from regraft.validate.source import DataFile, RawRow
+from regraft.validate.raw import RawRow
+from regraft.validate.source import DataFile
 
 _LITTLE = 8_000_000  # bytes of all files that one process reads as fast as several start
 _AHEAD = 2  # batches that wait for each process
