@@ -17,6 +17,7 @@ import pytest
 from regraft.errors import DataError, GateRefused
 from regraft.validate.params import DataParams, ValidateParams
 from regraft.validate.report import ValidateReport
+from regraft.validate.source import Opened, find_files, read_rows
 from regraft.validate.validate import validate
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
@@ -242,6 +243,7 @@ FILES: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "a parquet without rows": ("x.parquet", empty_parquet),
     "a parquet within a gz": ("x.parquet.gz", lambda path: gzip.compress(table(path))),
     "a parquet with a column twice": ("x.parquet", twice_parquet),
+    "a parquet with a column's name in Latin-1": ("x.parquet", lambda p: table(p).replace(b"messages", b"mess\xe4ges")),
     "an arrow that is none": ("x.arrow", lambda _: LINE),
     "an arrow that breaks off": ("x.arrow", lambda path: arrow(path)[:-100]),
     "an arrow that breaks off early": ("x.arrow", lambda path: arrow(path)[:200]),
@@ -367,6 +369,21 @@ def test_a_hundred_megabytes_in_one_row_are_one_row_and_not_kept_in_whole(tmp_pa
     report = run(tmp_path, data=data)
     assert (report.rows_in, report.rows_out, report.quarantined_by_reason) == (2, 1, {"over_long": 1})
     assert (tmp_path / "out/quarantine.parquet").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
+def test_of_a_row_that_is_too_long_in_columns_that_nobody_reads_only_the_beginning_is_kept(
+    tmp_path: Path, name: str
+) -> None:
+    record, path = {"a": "x" * 5_000, "b": "y"}, tmp_path / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([record]), path)
+    else:
+        path.write_text(json.dumps([record] if path.suffix == ".json" else record))
+    [row] = read_rows(find_files([name], tmp_path)[0][0], 1_000, Opened())
+    assert (row.record, row.reason) == (None, "over_long")
+    assert 1_000 <= len(row.raw) <= 1_002
+    assert row.raw.startswith(b'{"a": "xxx')
 
 
 def loop(raw: Path) -> None:

@@ -1,6 +1,7 @@
 """Languages within a script, by py3langid, on sentences that people wrote."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from regraft.errors import GateRefused, MissingInput, ParamsError
 from regraft.validate import languages
+from regraft.validate.mapping import Row
 from regraft.validate.text_params import Languages
 
 SENTENCES = {  # headlines and requests of the usual length, some without a letter that tells them apart
@@ -113,6 +115,15 @@ def test_answers_count_too_unless_a_program_parses_them(stage: Any, chat: Any) -
     assert stage.run(language=asked, answers_are_json=True).rows_out == 2
 
 
+def test_sums_are_no_language() -> None:
+    """An answer of GSM8K's: without what py3langid calls no language, too little of it is English."""
+    text = "Shaun got 5*16=<<5*16=80>>80 votes\nEliot got 80*2=<<80*2=160>>160 votes\n#### 160"
+    row = Row([{"role": "user", "content": ENGLISH[0]}, {"role": "assistant", "content": text}], {}, None, None)
+    params = Languages(allowed=["en"])
+    assert languages._is_other(text, {"en"}, params)
+    assert languages.others([row], [True], params, answers=True) == []
+
+
 @pytest.mark.parametrize(
     "text", ["", "Ja gut!", "12345 67890 12.50", "5 * 3 = <<5*3=15>>15; 15 + 2 = 17", "https://x.de/a?b=c"]
 )
@@ -121,11 +132,29 @@ def test_what_is_too_short_or_no_language_is_not_judged(text: str) -> None:
     assert not languages._is_other(text, {"en", "zxx"}, params)
 
 
-def test_only_the_beginning_of_a_long_text_is_looked_at() -> None:
+def test_of_a_row_only_so_much_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Recorder:
+        def rank(self, text: str) -> list[tuple[str, float]]:
+            seen.append(text)
+            return [("en", 1.0)]
+
+    monkeypatch.setattr(languages, "_identifier", Recorder)
+    messages = [{"role": role, "content": SENTENCES["de"][0] * 900} for role in ("user", "assistant") * 500]
+    row = Row([{"role": "system", "content": SENTENCES["de"][0]}, *messages], {}, None, None)
     params = Languages(allowed=["en"], characters=100)
-    english = " ".join(ENGLISH)
-    assert not languages._is_other(english + SENTENCES["de"][0] * 1_000, {"en"}, params)
-    assert languages._is_other(SENTENCES["de"][0] * 1_000, {"en"}, params)
+    assert languages._texts(row, answers=True)[0] == messages[0]["content"]
+    assert not any(languages._is_other(text, {"en"}, params) for text in languages._texts(row, answers=True))
+    assert len(seen) < 32
+    assert {len(text) for text in seen} == {100}
+
+
+def test_the_other_answer_of_a_pair_counts_too(stage: Any) -> None:
+    pair = {"prompt": ENGLISH[0], "chosen": ENGLISH[1], "rejected": ENGLISH[2]}
+    stage.write("a.jsonl", json.dumps(pair) + "\n" + json.dumps({**pair, "rejected": SENTENCES["de"][0]}) + "\n")
+    report = stage.run({"layout": "preference"}, language={"allowed": ["en"], "quarantine": True})
+    assert report.quarantined_by_reason == {"foreign_language": 1}
 
 
 def test_a_language_that_nobody_knows_and_a_library_that_is_not_there_are_said_before_anything_is_read(

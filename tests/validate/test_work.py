@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from regraft.artifacts import canonical_json, digest_file
@@ -17,6 +19,7 @@ from regraft.validate import work
 from regraft.validate.look import Looker
 from regraft.validate.mapping import Row, row_digests
 from regraft.validate.patterns import FINDERS, mask
+from regraft.validate.quarantine import QUARANTINE, ParquetRows
 
 PARTS = (
     "4111 1111 1111 1111", "4111111111111111", "DE89 3704 0044 0532 0130 00", "+49 30 12345678", "0049 30 12345678", "a@b.cc",
@@ -65,6 +68,8 @@ def test_the_output_has_the_same_bytes_whatever_the_processes_and_the_batches(
     report = stage.run(data, **params)
     assert report.rows_quarantined > 100
     assert report.rows_duplicate > 100
+    row_ids = "".join(row["row_id"] + "\n" for row in stage.rows())
+    assert report.data_digest == hashlib.sha256(row_ids.encode()).hexdigest()
     assert report.files["data/raw/empty.jsonl"].problem == "not one of its 1 rows can be read"
     expected = outputs(stage.root)
     monkeypatch.setattr(work, "_LITTLE", 0)
@@ -73,6 +78,19 @@ def test_the_output_has_the_same_bytes_whatever_the_processes_and_the_batches(
         monkeypatch.setattr(stage_module, "_BATCH", batch)
         assert stage.run(data, **params) == report
         assert outputs(stage.root) == expected
+
+
+def test_row_groups_have_one_size_whatever_the_tables(tmp_path: Path) -> None:
+    for sizes in ([1, 9_999, 1, 15_000, 0, 4_000], [29_001]):
+        numbers = iter(range(30_000))
+        with ParquetRows(tmp_path / f"{len(sizes)}.parquet", QUARANTINE) as file:
+            for size in sizes:
+                lines = [{"source": "a", "line": next(numbers), "reasons": []} for _ in range(size)]
+                file.add(pa.Table.from_pylist(lines, QUARANTINE))
+            assert file.count == 29_001
+    found = pq.ParquetFile(tmp_path / "6.parquet").metadata
+    assert [found.row_group(i).num_rows for i in range(found.num_row_groups)] == [10_000, 10_000, 9_001]
+    assert (tmp_path / "6.parquet").read_bytes() == (tmp_path / "1.parquet").read_bytes()
 
 
 def test_a_process_that_is_killed_ends_the_stage_with_an_error_and_leaves_the_old_output(
