@@ -26,6 +26,7 @@ GROUPS = {
         "pyarrow",
     ),
     "preference": ("trl",),
+    "text": ("py3langid", "presidio-analyzer", "spacy"),
 }
 
 

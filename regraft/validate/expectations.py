@@ -5,7 +5,8 @@ Each is an aggregate over one of two frames of measured columns:
     rows    one line for each row read: 0/1 columns `accepted`, `quarantined`, `duplicate` and one for each reason that
             has an expectation; for each slice that has one, `<slice>` (its value) and `rows of <slice>` (accepted rows of
             that value), both empty for a row that was not accepted
-            For each source that has one, 0/1 `from <source>`, empty for a row that was not accepted; 0/1 `foreign`.
+            For each source that has one, 0/1 `from <source>`, empty for a row that was not accepted; 0/1 `foreign` and
+            `other_language`.
     files   one line for each file: 0/1 column `unreadable`
 """
 
@@ -30,6 +31,8 @@ class Counts:
     slices: dict[str, Counter[str]] = field(default_factory=dict)
     foreign: int | None = None
     """Rows with too many letters of other scripts; None where that is not looked at."""
+    other_language: int | None = None
+    """Rows in other languages; None where that is not looked at."""
     forgotten: int = 0
     """Rows left out because they are on the list of what is forgotten; not among `rows_in`."""
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -124,6 +127,19 @@ def expected(params: Expectations, counts: Counts) -> list[Expected]:
             []
             if counts.foreign is None
             else [share("scripts", params.scripts, "foreign", counts.foreign, "share of rows in other scripts")]
+        ),
+        *(
+            []
+            if counts.other_language is None
+            else [
+                share(
+                    "language",
+                    params.language,
+                    "other_language",
+                    counts.other_language,
+                    "share of rows in other languages",
+                )
+            ]
         ),
     ]
 

@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
+from json.encoder import encode_basestring
 from typing import Any
 
-from regraft.artifacts import canonical_json
 from regraft.errors import DataError, ParamsError
 from regraft.messages import leaves
 from regraft.validate import tools
@@ -48,7 +49,7 @@ class Row:
     wanted: bool | None = None
     """Of a single answer that is judged, whether it is wanted."""
 
-    @property
+    @cached_property
     def text(self) -> str:
         """Everything that a model or a report would get to see, in one text."""
         said = [each["content"] for each in self.messages]
@@ -151,11 +152,11 @@ class Mapping:
             return
         try:
             time = datetime.fromisoformat(found)
-        except (TypeError, ValueError):
+            if time.tzinfo is not None:
+                time = time.astimezone(UTC)
+        except (TypeError, ValueError, OverflowError):  # the last: the first day of the year 1, further east
             row.reasons.add(Reason.WRONG_TIME)
             return
-        if time.tzinfo is not None:
-            time = time.astimezone(UTC)
         row.at = time.date().isoformat() if len(found) <= len("2026-09-01") else time.isoformat()
 
     def _judge_turns(self, row: Row) -> None:
@@ -212,12 +213,19 @@ def row_digests(row: Row) -> tuple[str, bytes]:
     The row_id is the first 32 hexadecimal digits of the sha256 of the canonical JSON of {messages, slices}; of a
     preference, `messages` is {messages, rejected, wanted}.
     """
-    content: Any = row.messages
+    messages = "[" + ",".join(map(_canonical, row.messages)) + "]"
     if row.is_preference:
-        content = {"messages": row.messages, "rejected": row.rejected, "wanted": row.wanted}
-    messages = canonical_json(content)
-    whole = b'{"messages":%b,"slices":%b}' % (messages, canonical_json(row.slices))
-    return hashlib.sha256(whole).hexdigest()[:32], hashlib.sha256(messages).digest()[:16]
+        rejected = "null" if row.rejected is None else encode_basestring(row.rejected)
+        wanted = {None: "null", True: "true", False: "false"}[row.wanted]
+        messages = f'{{"messages":{messages},"rejected":{rejected},"wanted":{wanted}}}'
+    content = messages.encode()
+    whole = b'{"messages":%b,"slices":%b}' % (content, _canonical(row.slices).encode())
+    return hashlib.sha256(whole).hexdigest()[:32], hashlib.sha256(content).digest()[:16]
+
+
+def _canonical(texts: dict[str, str]) -> str:
+    """Return what `artifacts.canonical_json` does for texts by name, in a quarter of the time."""
+    return "{" + ",".join(f"{encode_basestring(name)}:{encode_basestring(texts[name])}" for name in sorted(texts)) + "}"
 
 
 def check_columns(data: DataParams, files: Iterable[DataFile], longest: int) -> None:

@@ -4,7 +4,7 @@ Regular expressions run over a column at once (RE2, linear time). Only texts tha
 at one by one, for what an expression cannot say (a check digit).
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import pyarrow as pa
@@ -13,11 +13,13 @@ import pyarrow.compute as pc
 from regraft.validate import patterns
 from regraft.validate.mapping import Mapping, Row
 from regraft.validate.params import Reason, ValidateParams
-from regraft.validate.source import RawRow
+from regraft.validate.raw import RawRow
 
 _TEXT = {"control_characters": patterns.CONTROL, "bidi_characters": patterns.BIDI, "mojibake": patterns.MOJIBAKE}
 FOREIGN = "foreign"
 """The column of rows in other scripts than those allowed; not a reason by itself."""
+OTHER_LANGUAGE = "other_language"
+"""The column of rows in other languages than those allowed; not a reason by itself."""
 
 
 def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None], pa.Table]:
@@ -26,12 +28,11 @@ def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None]
     The table has a boolean column for each `Reason` but `duplicate`, which takes more than one batch to see.
     """
     rows = [None if raw.record is None else mapping.row(raw.record) for raw in batch]
-    given = [_given(raw, row) for raw, row in zip(batch, rows, strict=True)]
-    columns: dict[str, Any] = {
-        reason.value: pa.array([reason in each for each in given], pa.bool_())
-        for reason in Reason
-        if reason != Reason.DUPLICATE
-    }
+    places: dict[Reason, list[int]] = {reason: [] for reason in Reason if reason != Reason.DUPLICATE}
+    for place, (raw, row) in enumerate(zip(batch, rows, strict=True)):
+        for reason in _given(raw, row):
+            places[reason].append(place)
+    columns: dict[str, Any] = {reason.value: _at(found, len(batch)) for reason, found in places.items()}
 
     readable = [row is not None and Reason.NOT_UTF8 not in row.reasons for row in rows]
     texts = pa.array(
@@ -49,7 +50,32 @@ def measure(batch: Sequence[RawRow], mapping: Mapping) -> tuple[list[Row | None]
         columns[FOREIGN] = foreign
         if mapping.params.scripts.quarantine:
             columns[Reason.FOREIGN_SCRIPT] = foreign
+    columns |= _of_extras(rows, readable, mapping.params)
     return rows, pa.table(columns)
+
+
+def _of_extras(rows: Sequence[Row | None], readable: Sequence[bool], params: ValidateParams) -> dict[str, Any]:
+    """Return what takes a library of its own; over-long rows are not looked at, so that the time for each is bounded."""
+    columns: dict[str, Any] = {}
+    short = [ok and row is not None and row.size <= params.max_bytes for row, ok in zip(rows, readable, strict=True)]
+    if params.language is not None:
+        from regraft.validate.languages import others
+
+        strange = others(rows, short, params.language, answers=not params.answers_are_json)
+        columns[OTHER_LANGUAGE] = _at(strange, len(rows))
+        if params.language.quarantine:
+            columns[Reason.FOREIGN_LANGUAGE] = columns[OTHER_LANGUAGE]
+    if params.personal is not None:
+        from regraft.validate.personal import analyst
+
+        finds = analyst(params.personal).finds
+        found = [
+            place
+            for place, row in enumerate(rows)
+            if short[place] and row is not None and (finds(row.text) or (row.id is not None and finds(row.id)))
+        ]
+        columns[Reason.PERSONAL_DATA] = _at(found, len(rows))
+    return columns
 
 
 def _given(raw: RawRow, row: Row | None) -> set[Reason]:
@@ -69,24 +95,31 @@ def _of_texts(texts: Any, params: ValidateParams) -> dict[str, Any]:
             columns[kind] = _none(texts)
             continue
         hints: Any = pc.fill_null(pc.match_substring_regex(texts, patterns.HINTS[kind]), False)
-        found = [False] * len(texts)
-        for place in pc.indices_nonzero(hints).to_pylist():
-            found[place] = next(find(texts[place].as_py()), None) is not None
-        columns[kind] = pa.array(found, pa.bool_())
+        hinted: list[int] = pc.indices_nonzero(hints).to_pylist()
+        columns[kind] = _at([i for i in hinted if next(find(texts[i].as_py()), None) is not None], len(texts))
     return columns
 
 
 def _of_ids(rows: list[Row | None], readable: list[bool], params: ValidateParams) -> pa.BooleanArray:
     """Say which rows have an address for an id: it would be stored beside the row."""
-    looked_at = "email" in params.pii
-    return pa.array(
-        [
-            looked_at and ok and row is not None and row.id is not None and any(patterns.find_emails(row.id))
-            for row, ok in zip(rows, readable, strict=True)
-        ],
-        pa.bool_(),
-    )
+    if "email" not in params.pii:
+        return _none(rows)
+    found = [
+        place
+        for place, (row, ok) in enumerate(zip(rows, readable, strict=True))
+        if ok and row is not None and row.id is not None and "@" in row.id and any(patterns.find_emails(row.id))
+    ]
+    return _at(found, len(rows))
 
 
-def _none(texts: Any) -> pa.BooleanArray:
-    return pa.array([False] * len(texts), pa.bool_())
+def _none(rows: Sized) -> pa.BooleanArray:
+    return _at([], len(rows))
+
+
+def _at(places: Sequence[int], rows: int) -> pa.BooleanArray:
+    """Return a column that is true at these places."""
+    import numpy as np
+
+    column = np.zeros(rows, bool)
+    column[list(places)] = True
+    return pa.array(column)

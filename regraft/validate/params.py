@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 
 from regraft.params import Section
 from regraft.validate.template import columns
+from regraft.validate.text_params import Languages, Personal, Scripts
 
 Level = Literal["block", "warn"]
 """`block`: the stage ends with exit code 3; `warn`: the report and the log say so, and the run goes on."""
@@ -41,6 +42,9 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"
     WRONG_TOOLS = "wrong_tools"
     FOREIGN_SCRIPT = "foreign_script"
+    FOREIGN_LANGUAGE = "foreign_language"
+    PERSONAL_DATA = "personal_data"
+    DUPLICATE_KEYS = "duplicate_keys"
 
 
 def _checked(template: str) -> str:
@@ -317,19 +321,8 @@ class Expectations(Section):
     scripts: AtMost = AtMost(level="warn", share=0.0)
     """Rows with too many letters of other scripts than `validate.scripts` allows; looked at only with it."""
 
-
-class Scripts(Section):
-    """Which writing systems rows are in."""
-
-    allowed: list[Annotated[str, Field(pattern=r"^[A-Z][A-Za-z_]{2,30}$")]] = Field(min_length=1)
-    """Unicode scripts by their names in RE2, such as Latin, Han, Hangul, Hiragana, Katakana, Cyrillic, Arabic, Devanagari.
-    Letters that Unicode counts to no one script are always allowed."""
-
-    letters: float = Field(default=0.2, ge=0, lt=1)
-    """Share of a row's letters that may be of another script; 0 to below 1. Names and quotations need some."""
-
-    quarantine: bool = False
-    """Whether a row with more is quarantined as `foreign_script`; if not, it is only counted for `expectations.scripts`."""
+    language: AtMost = AtMost(level="warn", share=0.0)
+    """Rows in other languages than `validate.language` allows; looked at only with it."""
 
 
 class ValidateParams(Section):
@@ -360,6 +353,12 @@ class ValidateParams(Section):
 
     scripts: Scripts | None = None
     """Which scripts rows are written in; null: any."""
+
+    language: Languages | None = None
+    """Which languages rows are written in; null: any."""
+
+    personal: Personal | None = None
+    """Names, places and other personal data that Presidio finds; null: not looked for. Slow: milliseconds a row and more."""
 
     duplicates: Literal["keep", "quarantine"] = "keep"
     """What happens to a row whose messages occurred before: `keep` counts it and lets `preprocess` drop it."""

@@ -187,10 +187,37 @@ HINTS = {
 """RE2 patterns that match wherever the finder of the same name might find something."""
 
 
+_SHORTEST, _SHORTEST_OF_LETTERS = 6, 15  # characters of the shortest thing that is masked, and of one of letters alone
+_SECRET_SIGNS = (
+    "PRIVATE KEY", "sk-", "AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "xox", "hf_", "glpat-", "eyJ",
+)  # fmt: skip
+# Each begins with a class of characters, by which a search goes on at memory's speed.
+_COUNTRY_CODE = re.compile("\\+[1-9]|00[1-9]")
+_LETTERS_THEN_DIGITS = re.compile("[0-9]{2}(?<=[A-Za-z]{2}[0-9]{2})")
+_THIRTEEN_DIGITS = re.compile(f"[0-9](?:{_GAP}?[0-9]){{12}}")
+
+
+def _may_hold(text: str) -> list[str]:
+    """Return the kinds whose finders might find something: none is left out that would, and it takes a tenth of the time."""
+    found = []
+    if any([sign in text for sign in _SECRET_SIGNS]):  # noqa: C419 - a list is made in half the time of a generator
+        found.append("secret")
+    if _LETTERS_THEN_DIGITS.search(text):
+        found.append("iban")
+    if _THIRTEEN_DIGITS.search(text):
+        found.append("card_number")
+    if _COUNTRY_CODE.search(text):
+        found.append("phone")
+    if "@" in text:
+        found.append("email")
+    return found
+
+
 def mask(text: str) -> str:
     """Return the text with every secret, number of a card, an account or a telephone, and address replaced by its kind."""
-    for kind in ("secret", "iban", "card_number", "phone", "email"):
-        spans = list(FINDERS[kind](text))
-        for start, stop in reversed(spans):
+    if len(text) < _SHORTEST or (len(text) < _SHORTEST_OF_LETTERS and text.isalpha()):
+        return text
+    for kind in _may_hold(text):
+        for start, stop in reversed(list(FINDERS[kind](text))):
             text = f"{text[:start]}[{kind}]{text[stop:]}"
     return text

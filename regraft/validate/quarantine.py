@@ -5,7 +5,8 @@ give the same bytes.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +18,7 @@ from regraft.messages import EXTRAS
 from regraft.validate.mapping import Row
 from regraft.validate.params import Reason
 from regraft.validate.patterns import mask
-from regraft.validate.source import RawRow
+from regraft.validate.raw import RawRow
 from regraft.validate.template import as_text
 
 _MESSAGE: dict[str, Any] = {"role": pa.string(), "content": pa.string()}
@@ -37,6 +38,8 @@ _QUARANTINE: dict[str, Any] = {
     "raw": pa.string(),
     "reasons": pa.list_(pa.string()),
 }
+Hide = Callable[[str], str]
+"""Replaces personal data in a text by its kind."""
 ROWS = pa.schema(_ROWS)
 """Columns of rows.parquet."""
 TOOL_ROWS = pa.schema(_ROWS | {"messages": pa.list_(pa.struct(_MESSAGE | dict.fromkeys(EXTRAS, pa.string())))})
@@ -51,24 +54,28 @@ _ESCAPE = re.compile(r"\\u00([0-7][0-9a-fA-F])")
 
 
 class ParquetRows:
-    """A Parquet file written row by row, a row group of `_GROUP` rows at a time."""
+    """A Parquet file written a row group of `_GROUP` rows at a time, whatever the tables that it is given."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
-        self._schema = schema
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
         self.count = 0
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a row."""
-        self._waiting.append(row)
-        self.count += 1
-        if len(self._waiting) == _GROUP:
+    def add(self, table: pa.Table) -> None:
+        """Append rows."""
+        self._waiting.append(table)
+        self._rows += table.num_rows
+        self.count += table.num_rows
+        while self._rows >= _GROUP:
             self._write()
 
     def _write(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._waiting, self._schema), row_group_size=_GROUP)
-        self._waiting.clear()
+        table = pa.concat_tables(self._waiting)
+        self._writer.write_table(table.slice(0, _GROUP).combine_chunks(), row_group_size=_GROUP)
+        rest = table.slice(_GROUP)
+        self._waiting = [rest] if rest.num_rows else []
+        self._rows = rest.num_rows
 
     def __enter__(self) -> Self:
         return self
@@ -77,39 +84,59 @@ class ParquetRows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and self._waiting:
+            if kind is None and self._rows:
                 self._write()
         finally:
             self._writer.close()
 
 
-def accepted(row_id: str, source: str, line: int, row: Row) -> dict[str, Any]:
-    """Return an accepted row as rows.parquet holds it."""
-    own = {"rejected": row.rejected, "wanted": row.wanted} if row.is_preference else {}
-    return {
-        "row_id": row_id,
-        "source": source,
-        "line": line,
-        "messages": row.messages,
-        "slices": list(row.slices.items()),
-        "at": row.at,
-        "id": row.id,
-        **own,
+def accepted(
+    schema: pa.Schema, row_ids: Sequence[str], source: str, lines: Sequence[int], rows: Sequence[Row]
+) -> pa.Table:
+    """Return accepted rows of a file as rows.parquet holds them."""
+    columns: dict[str, Any] = {
+        "row_id": row_ids,
+        "source": [source] * len(rows),
+        "line": lines,
+        "messages": _messages([row.messages for row in rows], schema.field("messages").type),
+        "slices": [list(row.slices.items()) for row in rows],
+        "at": [row.at for row in rows],
+        "id": [row.id for row in rows],
+        "rejected": [row.rejected for row in rows],
+        "wanted": [row.wanted for row in rows],
     }
+    return pa.Table.from_arrays(
+        [
+            each if isinstance(each, pa.Array) else pa.array(each, schema.field(name).type)
+            for name in schema.names
+            for each in [columns[name]]
+        ],
+        schema=schema,
+    )
 
 
-def quarantined(source: str, raw: RawRow, identity: str | None, reasons: Sequence[Reason]) -> dict[str, Any]:
-    """Return a row as quarantine.parquet holds it: at most 2,000 characters, personal data and secrets masked."""
+def _messages(conversations: Sequence[list[dict[str, str]]], kind: Any) -> Any:
+    """Return lists of messages as an Arrow column, without a look at each message by Arrow."""
+    ends = pa.array([0, *accumulate(map(len, conversations))], pa.int32())
+    flat = list(chain.from_iterable(conversations))
+    members = [pa.array([each.get(member.name) for each in flat], member.type) for member in kind.value_type]
+    return pa.ListArray.from_arrays(ends, pa.StructArray.from_arrays(members, fields=list(kind.value_type)), type=kind)
+
+
+def quarantined(
+    source: str, raw: RawRow, identity: str | None, reasons: Sequence[Reason], hide: Hide = mask
+) -> dict[str, Any]:
+    """Return a row as quarantine.parquet holds it: at most 2,000 characters, personal data and secrets masked by `hide`."""
     return {
         "source": source,
         "line": raw.line,
-        "id": None if identity is None else mask(_clean(identity[:_SHOWN])),
-        "raw": shown(raw),
+        "id": None if identity is None else hide(_clean(identity[:_SHOWN])),
+        "raw": shown(raw, hide),
         "reasons": [reason.value for reason in reasons],
     }
 
 
-def shown(raw: RawRow) -> str:
+def shown(raw: RawRow, hide: Hide = mask) -> str:
     """Return what is kept of a quarantined row.
 
     A row that was read is masked value by value and written anew as JSON, so that an escaped character hides nothing;
@@ -117,25 +144,25 @@ def shown(raw: RawRow) -> str:
     """
     if raw.record is not None:
         try:
-            return _clean(as_text(_masked(raw.record)))[:_SHOWN]
+            return _clean(as_text(_masked(raw.record, hide)))[:_SHOWN]
         except RecursionError:
             pass  # nested as deep as the parser goes: shown as it stands in the file
     text = raw.raw.decode("utf-8", errors="replace")
-    return _mask_start(_ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text))[:_SHOWN]
+    return _mask_start(_ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text), hide)[:_SHOWN]
 
 
-def _mask_start(text: str) -> str:
+def _mask_start(text: str, hide: Hide) -> str:
     """Return the masked beginning of a text, without the end, where something half cut off would not be known."""
-    return mask(text) if len(text) <= _LOOKED_AT else mask(text[:_LOOKED_AT])[:-1_000]
+    return hide(text) if len(text) <= _LOOKED_AT else hide(text[:_LOOKED_AT])[:-1_000]
 
 
-def _masked(value: Any) -> Any:
+def _masked(value: Any, hide: Hide) -> Any:
     if isinstance(value, str):
-        return _mask_start(value)
+        return _mask_start(value, hide)
     if isinstance(value, dict):
-        return {_mask_start(str(key)): _masked(each) for key, each in value.items()}
+        return {_mask_start(str(key), mask): _masked(each, hide) for key, each in value.items()}
     if isinstance(value, list):
-        return [_masked(each) for each in value]
+        return [_masked(each, hide) for each in value]
     if isinstance(value, int | float) and mask(str(value)) != str(value):
         return mask(str(value))
     return value

@@ -46,7 +46,7 @@ class TimeRange(_Part):
 class ValidateReport(LateFields, Report):
     """Counts and judgements; the same input and parameters give the same bytes."""
 
-    LATE: ClassVar[frozenset[str]] = frozenset({"rows_forgotten", "rows_in_other_scripts"})
+    LATE: ClassVar[frozenset[str]] = frozenset({"rows_forgotten", "rows_in_other_scripts", "rows_in_other_languages"})
 
     rows_in: int
     rows_out: int
@@ -70,6 +70,8 @@ class ValidateReport(LateFields, Report):
     """Rows left out because `regraft data forget` named them: in neither file, and no word of them kept. Left out if 0."""
     rows_in_other_scripts: int | None = None
     """Rows with more letters of other scripts than `validate.scripts` allows; left out where that is not looked at."""
+    rows_in_other_languages: int | None = None
+    """Rows in other languages than `validate.language` allows; left out where that is not looked at."""
     data_digest: str
     """sha256 over the accepted rows' `row_id`s, one a line, in order: moving rows between files changes nothing."""
 

@@ -16,6 +16,7 @@ from typing import IO, Any, Literal
 
 from regraft.errors import DataError
 from regraft.validate.params import Reason
+from regraft.validate.raw import RawRow, bounded, has_twice, parse, parsed
 from regraft.validate.tables import COMPRESSIONS, Compression, Decompressed, as_bytes, columns_of_table, read_table
 
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
@@ -43,18 +44,6 @@ class DataFile:
     compression: Compression | None = None
 
 
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was read: `record` where it could be, else the reason why not."""
-
-    line: int
-    """Where the row begins, from 1 (in a .json file the place in its list)."""
-    raw: bytes
-    """The row's own bytes; for an over-long one its beginning."""
-    record: dict[str, Any] | None = None
-    reason: Reason | None = None
-
-
 @dataclass
 class Opened:
     """What reading a file to its end tells about it."""
@@ -62,6 +51,11 @@ class Opened:
     digest: str = ""
     problem: str | None = None
     columns: list[str] = field(default_factory=list)
+
+    def judge(self, read: int, readable: int) -> None:
+        """Take a file for unreadable of which no row could be read."""
+        if self.problem is None and not readable:
+            self.problem = "it is empty" if not read else f"not one of its {read:,} rows can be read"
 
 
 def find_files(raw: list[str], root: Path) -> tuple[list[DataFile], list[str]]:
@@ -81,6 +75,8 @@ def find_files(raw: list[str], root: Path) -> tuple[list[DataFile], list[str]]:
             if path.is_dir():
                 for each in sorted(path.rglob("*")):
                     if each.is_dir():
+                        if each.is_symlink():  # what is in it would be passed over, and DVC does not watch it
+                            problems.append(f"`{_name(each, root)}` is a link to a folder: link each file in it")
                         continue
                     hidden = any(part.startswith(".") for part in each.relative_to(path).parts)
                     if hidden or each.suffix.lower() in _LEFT_OUT:
@@ -97,13 +93,14 @@ def find_files(raw: list[str], root: Path) -> tuple[list[DataFile], list[str]]:
     return [found[name] for name in sorted(found)], sorted(ignored - set(found))
 
 
-def read_rows(file: DataFile, longest: int, opened: Opened) -> Iterator[RawRow]:
+def read_rows(file: DataFile, longest: int, opened: Opened, *, parse: bool = True) -> Iterator[RawRow]:
     """Yield every row of a file, in order; `opened` is filled in by the time of the last one.
 
     Args:
         file: what to read.
         longest: bytes of a line at most; the rest of a longer one is passed over, and it is `over_long`.
         opened: gets the file's sha256, and its problem where it cannot be read as a whole.
+        parse: whether lines of JSON are parsed; else `parsed` is to be called on each row, and `opened.judge` at the end.
     """
     if not file.path.is_file():
         raise DataError(f"{file.name} is not a file", fix="mend the link (`dvc checkout`?), or take it out of data.raw")
@@ -117,7 +114,8 @@ def read_rows(file: DataFile, longest: int, opened: Opened) -> Iterator[RawRow]:
             inner = None if file.compression is None else Decompressed(whole, file.compression)
             if inner is not None:
                 stream = io.BufferedReader(inner, 1 << 20)
-            for row in _reader(file, stream, longest, opened):
+            rows = _reader(file, stream, longest, opened)
+            for row in map(parsed, rows) if parse else rows:
                 read += 1
                 readable += row.record is not None
                 yield row
@@ -128,8 +126,8 @@ def read_rows(file: DataFile, longest: int, opened: Opened) -> Iterator[RawRow]:
             opened.digest = hashing.sha256.hexdigest()
     except OSError as error:
         raise DataError(f"{file.name} cannot be read: {error.strerror or error}", fix="check its mode") from error
-    if opened.problem is None and not readable:
-        opened.problem = "it is empty" if not read else f"not one of its {read:,} rows can be read"
+    if parse:
+        opened.judge(read, readable)
 
 
 def columns_of(file: DataFile, wanted: set[str], longest: int) -> set[str]:
@@ -157,24 +155,25 @@ def _reader(file: DataFile, stream: IO[bytes], longest: int, opened: Opened) -> 
         case "jsonl":
             return _read_jsonl(stream, longest)
         case "json":
-            return _read_json(stream, opened)
+            return _read_json(stream, longest, opened)
         case "csv" | "tsv":
             return _read_csv(stream, longest, opened, "," if file.format == "csv" else "\t")
         case "parquet" | "arrow":
-            return _read_table(file, file.format, opened)
+            return _read_table(file, file.format, longest, opened)
         case None:
             opened.problem = f"`{file.path.suffix}` is not a known format; known: {', '.join(FORMATS)}"
             return iter(())
 
 
-def _read_table(file: DataFile, kind: Literal["parquet", "arrow"], opened: Opened) -> Iterator[RawRow]:
+def _read_table(file: DataFile, kind: Literal["parquet", "arrow"], longest: int, opened: Opened) -> Iterator[RawRow]:
     place = 0
+    _note_columns(columns_of_table(file.path, kind), opened)
     if file.compression is not None:
         opened.problem = f"a {kind} file is compressed within itself: unpack it"
         return
     try:
         for place, record in enumerate(read_table(file.path, kind), 1):
-            yield RawRow(place, as_bytes(record), record=record)
+            yield bounded(RawRow(place, as_bytes(record), record=record), longest)
     except ValueError as error:
         opened.problem = f"after {place:,} rows: {error}"
 
@@ -186,20 +185,15 @@ def _read_jsonl(stream: IO[bytes], longest: int) -> Iterator[RawRow]:
         elif not raw.strip():
             yield RawRow(line, raw, reason=Reason.EMPTY_ROW)
         else:
-            yield _parsed(line, raw)
+            yield RawRow(line, raw)
 
 
-def _parsed(line: int, raw: bytes) -> RawRow:
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return RawRow(line, raw, reason=Reason.NOT_UTF8)
-    except (ValueError, RecursionError):
-        return RawRow(line, raw, reason=Reason.NOT_JSON)
-    return RawRow(line, raw, record=value) if isinstance(value, dict) else RawRow(line, raw, reason=Reason.NOT_JSON)
+def _note_columns(columns: list[str], opened: Opened) -> None:
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        opened.problem = f"it has several columns with one name: {', '.join(twice)}"
 
 
-def _read_json(stream: IO[bytes], opened: Opened) -> Iterator[RawRow]:
+def _read_json(stream: IO[bytes], longest: int, opened: Opened) -> Iterator[RawRow]:
     content = stream.read(_LARGEST_JSON + 1)
     if not content:
         return
@@ -208,7 +202,7 @@ def _read_json(stream: IO[bytes], opened: Opened) -> Iterator[RawRow]:
         yield RawRow(1, content[:10_000], reason=Reason.OVER_LONG)
         return
     try:
-        values = json.loads(content.removeprefix(_BOM).decode("utf-8"))
+        values = parse(content.removeprefix(_BOM).decode("utf-8"))
     except UnicodeDecodeError:
         opened.problem = "it is not UTF-8"
         yield RawRow(1, content[:10_000], reason=Reason.NOT_UTF8)
@@ -223,10 +217,12 @@ def _read_json(stream: IO[bytes], opened: Opened) -> Iterator[RawRow]:
         return
     for place, value in enumerate(values, 1):
         raw = json.dumps(value).encode()
-        if isinstance(value, dict):
-            yield RawRow(place, raw, record=value)
-        else:
+        if not isinstance(value, dict):
             yield RawRow(place, raw, reason=Reason.NOT_JSON)
+        elif has_twice(value):
+            yield RawRow(place, raw, reason=Reason.DUPLICATE_KEYS)
+        else:
+            yield bounded(RawRow(place, raw, record=value), longest)
 
 
 def _read_csv(stream: IO[bytes], longest: int, opened: Opened, delimiter: str) -> Iterator[RawRow]:
@@ -271,8 +267,7 @@ def _header(fields: list[str] | None, raw: bytes, cut: bool, opened: Opened) -> 
         opened.problem = "its first line cannot be read as the names of columns"
         return []
     opened.columns = list(fields)
-    if twice := sorted({name for name in fields if fields.count(name) > 1}):
-        opened.problem = f"it has several columns with one name: {', '.join(twice)}"
+    _note_columns(fields, opened)
     return fields
 
 
@@ -349,8 +344,19 @@ def _data_file(path: Path, root: Path) -> DataFile:
 
 
 def _name(path: Path, root: Path) -> str:
-    """Return a path relative to the root where it lies in it, else as it was given."""
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+    """Return a path relative to the root where it lies in it, else as it was given.
+
+    Raises:
+        DataError: it is not UTF-8: no report could name it.
+    """
+    name = (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            shown = name.encode("utf-8", "replace").decode()
+            raise DataError(f"the name of {shown} is not UTF-8", fix="rename it") from error
+    return name
 
 
 def _is_glob(entry: str) -> bool:

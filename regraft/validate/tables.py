@@ -55,9 +55,9 @@ def read_table(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[dict[s
     try:
         for batch in _batches(path, kind):
             for start in range(0, batch.num_rows, _ROWS):
-                for row in batch.slice(start, _ROWS).to_pylist():
+                for row in _rows(batch.slice(start, _ROWS)):
                     yield {str(name): _plain(value) for name, value in row.items()}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: the name of a column
         raise ValueError(f"it is not {kind}, damaged or cut off ({type(error).__name__})") from error
 
 
@@ -71,7 +71,7 @@ def columns_of_table(path: Path, kind: Literal["parquet", "arrow"]) -> list[str]
             return list(pq.read_schema(path).names)
         with pa.OSFile(str(path), "rb") as file:
             return list(_reader(file).schema.names)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         return []
 
 
@@ -80,21 +80,82 @@ def as_bytes(record: dict[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode(errors="replace")
 
 
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """Return rows as Python has them; where one holds what Python has not, what it holds is text.
+
+    Such are days after the year 9999, zones that nobody knows and strings that are not UTF-8.
+    """
+    try:
+        found: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError, LookupError, TypeError):
+        columns = [[_value(scalar) for scalar in column] for column in batch.columns]
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+    return found
+
+
+def _value(scalar: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError, LookupError, TypeError):
+        if isinstance(scalar, pa.StringScalar | pa.LargeStringScalar):
+            return scalar.as_buffer().to_pybytes()
+        if isinstance(scalar, pa.ListScalar | pa.LargeListScalar):
+            return [_value(each) for each in scalar.values or ()]
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _value(scalar[name]) for name in scalar.type.names}
+        number = getattr(scalar, "value", None)
+        return f"{scalar.type}" if number is None else f"{number} ({scalar.type})"
+
+
+def _checked(batch: Any) -> Any:
+    """Return a batch once its offsets are known to lie within it: those of a damaged file could end the process.
+
+    Strings that are not UTF-8 are let through, to be found in their rows: the rest is judged with bytes in their place.
+    """
+    import pyarrow as pa
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+            column.validate()
+            column.view(_of_bytes(column.type)).validate(full=True)
+    return batch
+
+
+def _of_bytes(kind: Any) -> Any:
+    """Return an Arrow type with bytes where it has strings."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([each.with_type(_of_bytes(each.type)) for each in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        made = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return made(kind.value_field.with_type(_of_bytes(kind.value_type)))
+    return kind
+
+
 def _batches(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if kind == "parquet":
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(_ROWS, use_threads=False)
+            yield from map(_checked, file.iter_batches(_ROWS, use_threads=False))
         return
     with pa.OSFile(str(path), "rb") as source:
         reader = _reader(source)
         if isinstance(reader, pa.ipc.RecordBatchFileReader):
             for i in range(reader.num_record_batches):
-                yield reader.get_batch(i)
+                yield _checked(reader.get_batch(i))
         else:
-            yield from reader
+            yield from map(_checked, reader)
 
 
 def _reader(source: Any) -> Any:

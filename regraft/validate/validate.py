@@ -1,7 +1,8 @@
 """The stage: read what is in `data.raw`, quarantine the rows that break the contract, judge the set of rows.
 
-A row goes to exactly one of rows.parquet and quarantine.parquet. Rows are read in batches; what grows with their number
-in memory is small: a digest of 16 bytes for each (to tell duplicates) and the frame of measured columns.
+A row goes to exactly one of rows.parquet and quarantine.parquet. Rows are read in batches, which several processes look at
+(`work.py`) and this one puts together in order; what grows with their number in memory is small: a digest of 16 bytes for
+each (to tell duplicates) and the frame of measured columns.
 """
 
 import gc
@@ -15,27 +16,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from regraft.artifacts import commit_dir
 from regraft.errors import DataError, GateRefused, ParamsError
 from regraft.failpoints import failpoint
 from regraft.validate.expectations import Counts, Expected, expected
-from regraft.validate.forgotten import FORGET, Forgotten, shape_of
+from regraft.validate.forgotten import FORGET, shape_of
 from regraft.validate.forgotten import load as load_forgotten
-from regraft.validate.mapping import Mapping, Row, row_digests
-from regraft.validate.measures import FOREIGN, measure
+from regraft.validate.look import Looked, Looker, id_of, masker
+from regraft.validate.measures import FOREIGN, OTHER_LANGUAGE
 from regraft.validate.params import OTHER, DataParams, Reason, ValidateParams
-from regraft.validate.patterns import mask
-from regraft.validate.quarantine import PREFERENCES, QUARANTINE, ROWS, TOOL_ROWS, ParquetRows, accepted, quarantined
+from regraft.validate.quarantine import PREFERENCES, QUARANTINE, ROWS, TOOL_ROWS, ParquetRows, quarantined
+from regraft.validate.raw import RawRow, parsed
 from regraft.validate.report import ExpectationResult, FileResult, TimeRange, ValidateReport
 from regraft.validate.seen import Seen
-from regraft.validate.source import DataFile, Opened, RawRow, find_files, read_rows
+from regraft.validate.source import DataFile, Opened, find_files, read_rows
 from regraft.validate.sources import mappings
-from regraft.validate.template import as_text
+from regraft.validate.work import Lookers
 
 log = logging.getLogger("regraft")
 _Item = TypeVar("_Item")
@@ -81,6 +81,12 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
     )
     if params.scripts is not None:
         tally.counts.foreign = 0
+    if params.language is not None:
+        from regraft.validate.languages import allowed_codes
+
+        allowed_codes(params.language)  # what is not installed or known is found before anything is read
+        tally.counts.other_language = 0
+    masker(params)
     schema = ROWS if all(each.data.tools is None for each in read_as.values()) else TOOL_ROWS
     if any(each.preferences for each in read_as.values()):
         schema = PREFERENCES
@@ -89,8 +95,9 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
             rows = stack.enter_context(ParquetRows(folder / "rows.parquet", schema))
             kept = stack.enter_context(ParquetRows(folder / "quarantine.parquet", QUARANTINE))
             stack.enter_context(_fewer_collections())
+            lookers = stack.enter_context(Lookers(Looker(read_as, forgotten, schema), files))
             for file in files:
-                _read_file(file, read_as[file.name], forgotten, longest, tally, rows, kept)
+                _read_file(file, lookers, params.duplicates, longest, tally, rows, kept)
         if not tally.counts.rows_in:
             problems = [f"{name}: {problem}" for name, problem in sorted(tally.counts.unreadable.items())]
             raise DataError(
@@ -166,100 +173,113 @@ def _fewer_collections() -> Iterator[None]:
 
 def _read_file(
     file: DataFile,
-    mapping: Mapping,
-    forgotten: Forgotten | None,
+    lookers: Lookers,
+    duplicates: Literal["keep", "quarantine"],
     longest: int,
     tally: _Tally,
     rows: ParquetRows,
     kept: ParquetRows,
 ) -> None:
     opened = Opened()
+    read = readable = 0
     rows_before, kept_before = rows.count, kept.count
-    for batch in _batched(read_rows(file, longest, opened), _BATCH):
-        made, measured = measure(batch, mapping)
-        if forgotten is not None:
-            stay = [i for i in range(len(batch)) if not _is_forgotten(forgotten, batch[i], made[i], mapping.data)]
-            tally.counts.forgotten += len(batch) - len(stay)
-            batch, made, measured = (
-                [batch[i] for i in stay],
-                [made[i] for i in stay],
-                measured.take(pa.array(stay, pa.int64())),
-            )
-        flags: dict[str, list[int]] = {"accepted": [], "quarantined": [], "duplicate": []}
-        reasons_of = _reasons(measured)
-        digests = [
-            row_digests(row) if row is not None and not reasons else None
-            for row, reasons in zip(made, reasons_of, strict=True)
-        ]
-        again = iter(tally.seen.add([each[1] for each in digests if each is not None]))
-        for place, (raw, row) in enumerate(zip(batch, made, strict=True)):
-            reasons = reasons_of[place]
-            duplicate = False
-            if row is not None and (digest := digests[place]) is not None:
-                duplicate = next(again)
-                if duplicate and mapping.params.duplicates == "quarantine":
-                    reasons.append(Reason.DUPLICATE)
-                else:
-                    rows.add(accepted(digest[0], file.name, raw.line, row))
-                    tally.digest.update(digest[0].encode() + b"\n")
-            if reasons:
-                kept.add(quarantined(file.name, raw, _id_of(raw, row, mapping.data), reasons))
-            _count(tally, row, reasons, duplicate, f"{file.name}:{raw.line}")
-            flags["accepted"].append(int(not reasons))
-            flags["quarantined"].append(int(bool(reasons)))
-            flags["duplicate"].append(int(duplicate))
-        for reason in sorted(tally.watched):
-            flags[reason.value] = [int(reason in reasons) if reasons else 0 for reasons in reasons_of]
-        if tally.counts.foreign is not None:
-            flags[FOREIGN] = [int(bool(each)) for each in measured[FOREIGN].to_pylist()]
-            tally.counts.foreign += sum(flags[FOREIGN])
+    for batch, looked in lookers.look(file.name, _batched(read_rows(file, longest, opened, parse=False), _BATCH)):
+        read += len(batch)
+        readable += looked.readable
+        again = tally.seen.add(looked.keys)
+        twice = [looked.fit[i] for i, each in enumerate(again) if each]
+        if twice and duplicates == "quarantine":
+            _take_out(file.name, batch, looked, again, lookers)
+        rows.add(looked.rows)
+        kept.add(looked.kept)
+        _count(tally, file.name, looked, twice)
         tally.report_progress()
-        tally.flags.append(pa.table({name: pa.array(values, pa.int8()) for name, values in flags.items()}))
+    opened.judge(read, readable)
     new, bad = rows.count - rows_before, kept.count - kept_before
     tally.files[file.name] = FileResult(sha256=opened.digest, rows=new + bad, quarantined=bad, problem=opened.problem)
     if opened.problem is not None:
         tally.counts.unreadable[file.name] = opened.problem
 
 
-def _reasons(measured: pa.Table) -> list[list[Reason]]:
-    """Return the reasons of each row, in the order of `Reason`."""
-    found: list[list[Reason]] = [[] for _ in range(measured.num_rows)]
-    for reason in Reason:
-        if reason.value in measured.column_names:
-            places: list[Any] = pc.indices_nonzero(measured[reason.value]).to_pylist()
-            for place in places:
-                found[place].append(reason)
-    return found
+def _take_out(name: str, batch: list[RawRow], looked: Looked, again: list[bool], lookers: Lookers) -> None:
+    """Quarantine the rows that occurred before."""
+    by_line = {raw.line: raw for raw in batch}
+    first = [i for i, each in enumerate(again) if not each]
+    mapping = lookers.looker.mappings[name]
+    more = []
+    for i, each in enumerate(again):
+        if each:
+            raw = parsed(by_line[looked.lines[looked.fit[i]]])
+            row = quarantined(name, raw, id_of(raw, None, mapping.data), [Reason.DUPLICATE], masker(mapping.params))
+            more.append((looked.fit[i], row))
+    places = [*looked.reasons, *(place for place, _ in more)]
+    looked.reasons = dict(sorted({**looked.reasons, **{place: [Reason.DUPLICATE] for place, _ in more}}.items()))
+    both = pa.concat_tables([looked.kept, pa.Table.from_pylist([row for _, row in more], QUARANTINE)])
+    looked.kept = both.take(pa.array(sorted(range(len(places)), key=places.__getitem__), pa.int64()))
+    looked.rows = looked.rows.take(pa.array(first, pa.int64()))
+    looked.fit = [looked.fit[i] for i in first]
+    looked.slices = {key: [values[i] for i in first] for key, values in looked.slices.items()}
 
 
-def _count(tally: _Tally, row: Row | None, reasons: list[Reason], duplicate: bool, place: str) -> None:
-    counts = tally.counts
-    counts.rows_in += 1
-    counts.duplicates += duplicate
-    counts.reasons.update(reasons)
-    for reason in reasons:
-        places = tally.places.setdefault(reason, [])
-        if len(places) < _PLACES:
-            places.append(place)
-    if row is not None and row.label is not None and len(tally.labels) < _MOST_VALUES:
-        tally.labels[mask(row.label[:_MOST_VALUES]).encode(errors="replace").decode()[:40]] += 1
-    values = row.slices if row is not None and not reasons else {}
-    for name in tally.sliced:
-        tally.values.setdefault(name, []).append(values.get(name))
-    if row is None or reasons:
-        return
-    counts.accepted += 1
-    for name, value in row.slices.items():
-        counted = counts.slices.setdefault(name, Counter())
-        counted[value] += 1
+def _count(tally: _Tally, name: str, looked: Looked, twice: list[int]) -> None:
+    """Add a batch to the tally; `twice` are the places of the rows that occurred before."""
+    counts, number = tally.counts, len(looked.lines)
+    counts.rows_in += number
+    counts.forgotten += looked.forgotten
+    counts.accepted += len(looked.fit)
+    counts.duplicates += len(twice)
+    for place, reasons in looked.reasons.items():
+        counts.reasons.update(reasons)
+        for reason in reasons:
+            places = tally.places.setdefault(reason, [])
+            if len(places) < _PLACES:
+                places.append(f"{name}:{looked.lines[place]}")
+    for label in looked.labels:
+        if len(tally.labels) < _MOST_VALUES:
+            tally.labels[label] += 1
+    for slice_, values in looked.slices.items():
+        counted = counts.slices.setdefault(slice_, Counter())
+        counted.update(value for value in values if value is not None)
+        if not counted:
+            del counts.slices[slice_]
         if len(counted) > _MOST_VALUES:
             raise ParamsError(
-                f"data.slices.{name} has over {_MOST_VALUES:,} different values; a slice is a small set",
+                f"data.slices.{slice_} has over {_MOST_VALUES:,} different values; a slice is a small set",
                 fix="take it out of `data.slices`, or use a column with fewer values",
             )
-    if row.at is not None:
-        tally.first = row.at if tally.first is None else min(tally.first, row.at)
-        tally.last = row.at if tally.last is None else max(tally.last, row.at)
+    for slice_ in tally.sliced:
+        found: list[str | None] = [None] * number
+        for place, value in zip(looked.fit, looked.slices.get(slice_, ()), strict=False):
+            found[place] = value
+        tally.values.setdefault(slice_, []).extend(found)
+    times = [each for each in looked.rows["at"].to_pylist() if each is not None]
+    if times:
+        tally.first = min(times if tally.first is None else [tally.first, *times])
+        tally.last = max(times if tally.last is None else [tally.last, *times])
+
+    row_ids: list[Any] = looked.rows["row_id"].to_pylist()
+    tally.digest.update("".join(f"{each}\n" for each in row_ids).encode())
+
+    flags = {"accepted": looked.fit, "quarantined": list(looked.reasons), "duplicate": twice}
+    flags |= {
+        reason.value: [place for place, reasons in looked.reasons.items() if reason in reasons]
+        for reason in sorted(tally.watched)
+    }
+    columns: dict[str, Any] = {column: _flags(places, number) for column, places in flags.items()}
+    columns |= {column: found.cast(pa.int8()) for column, found in looked.counted.items()}
+    if counts.foreign is not None:
+        counts.foreign += looked.counted[FOREIGN].true_count
+    if counts.other_language is not None:
+        counts.other_language += looked.counted[OTHER_LANGUAGE].true_count
+    tally.flags.append(pa.table(columns))
+
+
+def _flags(places: list[int], rows: int) -> Any:
+    import numpy as np
+
+    column = np.zeros(rows, np.int8)
+    column[places] = 1
+    return pa.array(column)
 
 
 def _report(tally: _Tally, wanted: list[Expected], passed: dict[str, bool], ignored: list[str]) -> ValidateReport:
@@ -292,6 +312,7 @@ def _report(tally: _Tally, wanted: list[Expected], passed: dict[str, bool], igno
         ignored=ignored,
         rows_forgotten=counts.forgotten,
         rows_in_other_scripts=counts.foreign,
+        rows_in_other_languages=counts.other_language,
         data_digest=tally.digest.hexdigest(),
     )
 
@@ -339,19 +360,6 @@ def _check_slices(params: ValidateParams, data: DataParams) -> None:
             f"data.sources has {', '.join(data.sources) or 'none'}",
             fix="edit params.yaml",
         )
-
-
-def _is_forgotten(forgotten: Forgotten, raw: RawRow, row: Row | None, data: DataParams) -> bool:
-    identity = _id_of(raw, row, data)
-    return forgotten.holds(None, identity) if row is None else forgotten.holds(row.messages, identity, row.rejected)
-
-
-def _id_of(raw: RawRow, row: Row | None, data: DataParams) -> str | None:
-    if row is not None:
-        return row.id
-    if raw.record is None or data.id is None:
-        return None
-    return as_text(raw.record.get(data.id)) or None
 
 
 def _batched(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:

@@ -6,7 +6,7 @@ import pytest
 from regraft.validate.mapping import Mapping
 from regraft.validate.measures import measure
 from regraft.validate.params import DataParams, Reason, ValidateParams
-from regraft.validate.source import RawRow
+from regraft.validate.raw import RawRow
 
 
 def raw(line: int, text: str, **columns: Any) -> RawRow:

@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from regraft.validate.forgotten import Forgotten
+from regraft.validate.look import Looker
 from regraft.validate.params import DataParams, Reason, ValidateParams
-from regraft.validate.quarantine import QUARANTINE, ROWS, TOOL_ROWS, ParquetRows
+from regraft.validate.quarantine import PREFERENCES, QUARANTINE, ROWS, TOOL_ROWS, ParquetRows
 from regraft.validate.source import Opened, find_files, read_rows
 from regraft.validate.sources import mappings
 from regraft.validate.validate import _read_file, _Tally
+from regraft.validate.work import Lookers
 
 TEXT = st.one_of(
     st.text(max_size=30),
@@ -55,7 +57,7 @@ RECORD = st.one_of(
             "conversations": st.lists(st.fixed_dictionaries({"from": TEXT, "value": TEXT}), max_size=3) | JSON,
             "instruction": TEXT | JSON, "output": TEXT | JSON, "input": JSON, "prompt": TEXT | JSON, "completion": TEXT | JSON,
             "text": TEXT | JSON, "tools": st.lists(JSON, max_size=2) | JSON, "id": TEXT | JSON, "at": TEXT | JSON,
-            "kind": JSON,
+            "kind": JSON, "chosen": TEXT | JSON, "rejected": TEXT | JSON, "label": st.booleans() | JSON,
         },
     ),
     JSON,
@@ -89,11 +91,14 @@ LAYOUTS: list[dict[str, Any]] = [
     {"layout": "auto"},
     {"layout": "prompt_answer", "prompt": "{prompt}", "answer": "{text}"},
     {"layout": "text"},
+    {"layout": "preference"},
 ]
 COLUMNS = {
     **GOOD, "conversations": [], "instruction": "", "output": "", "prompt": "", "completion": "", "text": "", "tools": [],
     "id": "x", "at": "2026-09-01", "kind": "k",
 }  # fmt: skip
+
+PAIR = {"prompt": "hi", "chosen": "ho", "rejected": "hum"}
 
 
 def read_all(root: Path, data: DataParams, params: ValidateParams, forgotten: Forgotten | None) -> tuple[Any, ...]:
@@ -103,9 +108,15 @@ def read_all(root: Path, data: DataParams, params: ValidateParams, forgotten: Fo
     read_as = mappings(data, params, files, root, longest)
     tally = _Tally(set(), set())
     schema = ROWS if data.tools is None else TOOL_ROWS
-    with ParquetRows(root / "rows.parquet", schema) as rows, ParquetRows(root / "kept.parquet", QUARANTINE) as kept:
+    if data.layout == "preference":
+        schema = PREFERENCES
+    with (
+        ParquetRows(root / "rows.parquet", schema) as rows,
+        ParquetRows(root / "kept.parquet", QUARANTINE) as kept,
+        Lookers(Looker(read_as, forgotten, schema), files) as lookers,
+    ):
         for file in files:
-            _read_file(file, read_as[file.name], forgotten, longest, tally, rows, kept)
+            _read_file(file, lookers, params.duplicates, longest, tally, rows, kept)
     found = [pq.read_table(root / name).to_pylist() for name in ("rows.parquet", "kept.parquet")]
     return tally, *found
 
@@ -118,7 +129,8 @@ def test_every_line_is_accepted_quarantined_or_forgotten_and_nothing_raises(
     root = Path(tempfile.mkdtemp(prefix="regraft-properties-"))
     try:
         (root / "data/raw").mkdir(parents=True)
-        (root / "data/raw/a.jsonl").write_bytes(b"".join(line + b"\n" for line in [as_line(COLUMNS), *lines]))
+        columns = COLUMNS | (PAIR if layout["layout"] == "preference" else {})
+        (root / "data/raw/a.jsonl").write_bytes(b"".join(line + b"\n" for line in [as_line(columns), *lines]))
         data = DataParams.model_validate({**layout, "id": "id", "time": "at", "slices": ["kind"]})
         empty = Forgotten("salt")
         messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -171,5 +183,6 @@ def test_any_bytes_under_any_name_are_read_to_the_end_without_an_error_of_their_
 def test_the_layouts_that_are_tried_at_random_accept_something(layout: dict[str, Any], stage: Any) -> None:
     record = {**COLUMNS, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     record |= {"instruction": "a", "output": "b", "prompt": "a", "completion": "b", "text": "c"}
+    record |= PAIR if layout["layout"] == "preference" else {}
     stage.write("a.jsonl", as_line(record) + b"\n")
     assert stage.run(layout).rows_out == 1

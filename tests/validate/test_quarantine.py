@@ -4,7 +4,7 @@ import pytest
 
 from regraft.validate.params import Reason
 from regraft.validate.quarantine import shown
-from regraft.validate.source import RawRow
+from regraft.validate.raw import RawRow
 
 CARD = "4111 1111 1111 1111"
 

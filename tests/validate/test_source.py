@@ -6,7 +6,8 @@ import pytest
 
 from regraft.errors import DataError
 from regraft.validate.params import Reason
-from regraft.validate.source import DataFile, Opened, RawRow, columns_of, find_files, read_rows
+from regraft.validate.raw import RawRow
+from regraft.validate.source import DataFile, Opened, columns_of, find_files, read_rows
 
 
 def read(path: Path, content: str | bytes, longest: int = 1000) -> tuple[list[RawRow], Opened]:

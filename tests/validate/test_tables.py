@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from regraft.validate.source import Opened, RawRow, columns_of, find_files, read_rows
+from regraft.validate.raw import RawRow
+from regraft.validate.source import Opened, columns_of, find_files, read_rows
 
 ROWS = [{"text": f"row {i} caf\u00e9", "label": "a" if i % 2 else "b"} for i in range(3000)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

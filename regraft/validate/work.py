@@ -1,0 +1,109 @@
+"""The processes that look at batches of rows: one for each core, or none where there is little to read.
+
+Batches are given out and taken back in the order of the files, a few at a time: memory does not grow with the rows, and the
+output is the same however many processes there are. One that is killed ends the stage with an error; all end with it.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Self
+
+from regraft.errors import RegraftError
+from regraft.validate.look import Looked, Looker
+from regraft.validate.raw import RawRow
+from regraft.validate.source import DataFile
+
+_LITTLE = 8_000_000  # bytes of all files that one process reads as fast as several start
+_AHEAD = 2  # batches that wait for each process
+_inherited: dict[str, Looker] = {}  # what a process that looks holds
+
+
+class Lookers:
+    """Looks at batches, here or in processes of its own; a context, which ends them.
+
+    Args:
+        looker: what is to be done with a batch.
+        files: what will be read: whether it is worth a process is told by their size.
+    """
+
+    def __init__(self, looker: Looker, files: Sequence[DataFile]) -> None:
+        self.looker = looker
+        # A damaged link is found where it is read. A compressed file holds several times its size.
+        sizes = [(f.path.stat().st_size if f.path.is_file() else 0) * (4 if f.compression else 1) for f in files]
+        self._processes = cores() if sum(sizes) > _LITTLE else 1
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self._processes > 1:
+            way = "fork" if sys.platform == "linux" else "spawn"
+            self._pool = ProcessPoolExecutor(
+                self._processes,
+                mp_context=multiprocessing.get_context(way),
+                initializer=_begin,
+                initargs=(self.looker, os.getpid()),
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def look(self, name: str, batches: Iterable[list[RawRow]]) -> Iterator[tuple[list[RawRow], Looked]]:
+        """Yield each batch of a file with what was found in it, in order.
+
+        Raises:
+            RegraftError: a process was killed.
+        """
+        if self._pool is None:
+            for batch in batches:
+                yield batch, self.looker.look(name, batch)
+            return
+        waiting: deque[tuple[list[RawRow], Future[Looked]]] = deque()
+        try:
+            for batch in batches:
+                waiting.append((batch, self._pool.submit(_look, name, batch)))
+                if len(waiting) > _AHEAD * self._processes:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        except BrokenProcessPool as error:
+            raise RegraftError(
+                "a process that looked at rows was killed, probably for want of memory",
+                fix="free some memory, or set REGRAFT_WORKERS to fewer processes, and run the same command again",
+            ) from error
+
+
+def cores() -> int:
+    """Return how many processes to start: the cores that this one may use, or what REGRAFT_WORKERS says."""
+    given = os.environ.get("REGRAFT_WORKERS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _begin(looker: Looker, parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is told, and ends them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.set_threshold(200_000, 50, 100)  # rows hold no cycles to look for
+    _inherited["looker"] = looker
+
+
+def _look(name: str, batch: list[RawRow]) -> Looked:
+    return _inherited["looker"].look(name, batch)
