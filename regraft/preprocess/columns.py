@@ -120,7 +120,7 @@ class Encoder:
                 self._last.clear()
             self._last[roles] = last_answer(messages)
         last = self._last[roles]
-        if self._skeletons.table is None or last is None or has_tools(messages):
+        if self._skeletons.table is None or last is None or (max(map(len, messages)) > 2 and has_tools(messages)):
             return None
         for message in messages[: last + 1]:
             words = message["content"]
@@ -228,13 +228,17 @@ class Encoder:
             right[np.searchsorted(starts, bad, "right") - 1] = False
         at = np.cumsum(found) - found
 
-        held = np.array([[len(x) if x.isascii() else len(x.encode()) for x in some] for some in words], np.int64)
+        together = "".join(written)
+        source = together.encode()
+        plain = len(source) == len(together)  # ASCII: a character is a byte
+        each = chain.from_iterable(words)
+        sizes = map(len, each) if plain else (len(x) if x.isascii() else len(x.encode()) for x in each)
+        held = np.fromiter(sizes, np.int64, count * len(words[0])).reshape(count, -1)
         # What the tokens are, as bytes: the text of the batch, if nothing was changed on the way.
         bytes_: Any = self._table.take(numbers(ids))
         offsets = np.frombuffer(bytes_.buffers()[1], np.int32, size + 1, bytes_.offset * 4)
         same = np.diff(offsets[np.append(starts, size)]) == held.sum(axis=1) + skeleton.size
         content = np.frombuffer(bytes_.buffers()[2], np.uint8)[: offsets[-1]]
-        source = "".join(written).encode()
         if not same.all() or not np.array_equal(content, np.frombuffer(source, np.uint8)):
             for i in range(count):
                 low, high = offsets[starts[i]], offsets[starts[i] + lengths[i]]

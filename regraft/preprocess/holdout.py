@@ -47,7 +47,11 @@ def content_key(messages: Sequence[Message]) -> str:
 
 def prompt_text(messages: Sequence[Message]) -> str:
     """Return all that precedes the last assistant message, folded; see `content_key`."""
-    last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), len(messages))
+    last = len(messages)
+    for i in range(len(messages) - 1, -1, -1):
+        if messages[i]["role"] == "assistant":
+            last = i
+            break
     return "\n".join([plain(words(message)) for message in messages[:last]])
 
 
@@ -78,7 +82,9 @@ def row_entry(row: Mapping[str, Any], params: HoldoutParams) -> tuple[str, str, 
     if "rejected" in row:
         answer = json.dumps([answer, row["rejected"], row["wanted"]])
     digest = hashlib.sha256(answer.encode("utf-8", "surrogatepass")).hexdigest()
-    at = (row["at"] or "~").encode("ascii", "replace").decode()  # "~" sorts after every date
+    at = row["at"] or "~"  # sorts after every date
+    if not at.isascii():
+        at = at.encode("ascii", "replace").decode()
     return key, digest[:32], at, row["row_id"], fate
 
 

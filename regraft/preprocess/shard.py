@@ -148,8 +148,9 @@ class Preparer:
                 into = train if side == Fate.TRAIN else Tokens()
                 before, since = len(into.places), len(into.ids)
                 self._encoders[side].encode(talks, into, audit if side == Fate.TRAIN else None)
-                for place in into.places[before:]:
-                    _count(slices[side], columns["slices"][place - first])
+                if any(columns["slices"]):
+                    for place in into.places[before:]:
+                        _count(slices[side], columns["slices"][place - first])
                 if side == Fate.HOLDOUT and into.places:
                     held.append(_held(into, columns, first, self._written))
                 if preferences:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 from regraft.chat import Chat, Message, Rendered, Supervise
@@ -54,7 +54,13 @@ class Skeleton:
 
     def text(self, words: Sequence[str]) -> str:
         """Return the sealed text of a conversation."""
-        return "".join(chain.from_iterable(zip(self.pieces, (*words, ""), strict=True)))
+        parts = self._gaps.copy()
+        parts[1::2] = words
+        return "".join(parts)
+
+    @cached_property
+    def _gaps(self) -> list[str]:
+        return [part for piece in self.pieces for part in (piece, "")][:-1]
 
     @cached_property
     def size(self) -> int:
