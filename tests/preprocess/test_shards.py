@@ -134,6 +134,15 @@ def test_a_shards_digest_tells_any_change_of_a_value(changes: dict[str, list[Any
     assert shards._digest(apart) == shards._digest(tables[1])
 
 
+def test_a_shards_digest_tells_where_a_time_is_missing() -> None:
+    import pyarrow as pa
+
+    schema = pa.schema({"row_id": pa.string(), "source": pa.string(), "line": pa.int64(), "at": pa.string()})
+    rows: dict[str, list[Any]] = {"row_id": ["1", "2"], "source": ["x", "x"], "line": [1, 2]}
+    tables = [pa.Table.from_pydict({**rows, "at": at}, schema) for at in (["", None], [None, ""])]
+    assert shards._digest(tables[0]) != shards._digest(tables[1])
+
+
 def test_several_processes_make_the_same_bytes_as_one(
     tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
