@@ -3,11 +3,13 @@
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from regraft.chat import IGNORED, Chat, Message, Rendered
 from regraft.messages import has_tools, is_text, leaves, words
 from regraft.preprocess.report import Supervision
+from regraft.preprocess.tokenizer import KeptTokenizer
 from regraft.sealed import unknown_id
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ class Audit:
     def __init__(self, chat: Chat, tokenizer: Any) -> None:
         self._chat = chat
         self._tokenizer = tokenizer
-        self._unknown = unknown_id(tokenizer)
+        self._unknown = unknown_of(tokenizer)
         # What the model does not know becomes a special token too, but nobody gains control by it.
         self._special = frozenset(chat.sealed.special.values()) - {self._unknown}
         self._expected: dict[tuple[str, ...], int] = {}
@@ -132,6 +134,12 @@ class Audit:
         if not texts:
             return []
         return list(self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@lru_cache(maxsize=4)
+def unknown_of(tokenizer: Any) -> int | None:
+    """Return `unknown_id` of a tokenizer, once: it reads the whole vocabulary as JSON, and every shard has audits."""
+    return tokenizer.unknown if isinstance(tokenizer, KeptTokenizer) else unknown_id(tokenizer)
 
 
 def supervision(added: Sequence[Mapping[str, int]], dropped_share: float) -> Supervision:

@@ -9,22 +9,19 @@ again by another. Ray's tasks do this rather than its data sets: rows need not t
 not by size (https://docs.ray.io/en/latest/ray-core/tasks.html).
 """
 
-import gc
 import logging
-import os
 import platform
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from regraft.artifacts import digest_json
 from regraft.errors import MissingInput, RegraftError, ServiceUnavailable
 from regraft.model.pin import TOKENIZER_FILES, digest_files
 from regraft.preprocess.params import PreprocessParams
-from regraft.preprocess.shards import LIBRARIES, code_digest
+from regraft.preprocess.shards import code_digest, versions
 
 if TYPE_CHECKING:
     from regraft.model.load import Base
@@ -115,9 +112,8 @@ def _knock(address: str) -> None:
 
 def _made_of(base: "Base") -> dict[str, str]:
     """What decides a shard's bytes besides rows and parameters: the code, the libraries, the tokenizer's files."""
-    found = {name: version(name) for name in LIBRARIES}
     tokenizer = digest_json(digest_files(base.tokenizer, TOKENIZER_FILES))
-    return {"regraft": code_digest(), "python": platform.python_version(), **found, "tokenizer": tokenizer}
+    return {"regraft": code_digest(), "python": platform.python_version(), **versions(), "tokenizer": tokenizer}
 
 
 def _run(
@@ -135,7 +131,5 @@ def _run(
                 fix="install the same requirements.lock and the same clone on every node",
             )
         _state["given"] = given
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        gc.set_threshold(200_000, 50, 100)  # rows hold no cycles to look for
         work.become_worker(params, base)
     do(*arguments)

@@ -10,6 +10,7 @@ those that took the short way, to be compared.
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,8 @@ from regraft.chat import IGNORED, Chat, Message, Rendered, Supervise, last_answe
 from regraft.errors import DataError
 from regraft.messages import has_tools
 from regraft.preprocess.audit import Audit
-from regraft.preprocess.skeleton import Skeleton, Skeletons
+from regraft.preprocess.files import numbers, texts
+from regraft.preprocess.skeleton import Skeleton, Skeletons, byte_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,10 +72,9 @@ class Encoder:
             self._skeletons.refuse()
         self._plain = tokenizer
         self._composed = chat.sealed.rust.normalizer is not None
+        self._last: dict[tuple[str, ...], int | None] = {}
         if self._skeletons.table is not None:
-            import pyarrow as pa
-
-            self._table = pa.array(self._skeletons.table, pa.binary())
+            self._table = _arrow_table(chat.sealed.rust)
             self._is_control = np.zeros(len(self._skeletons.table), bool)
             self._is_control[list(self._skeletons.control)] = True
 
@@ -81,8 +82,11 @@ class Encoder:
         """Append the conversations that fit to `into` and measure them; of others only the places."""
         short: dict[tuple[str, ...], list[int]] = {}
         long: list[int] = []
+        # One search through all that is said in a batch instead of one for each message.
+        said = "\n".join([each["content"] or "" for messages in talks.messages for each in messages])
+        typed = self._chat.sealed.holds_control(said)
         for i, messages in enumerate(talks.messages):
-            roles = self._short_way(messages)
+            roles = self._short_way(messages, typed=typed)
             if roles is None:
                 long.append(i)
             else:
@@ -105,21 +109,26 @@ class Encoder:
         if long:
             self._by_template(sorted(long), talks, into, audit)
 
-    def _short_way(self, messages: Sequence[Message]) -> tuple[str, ...] | None:
-        """Return the roles up to the last answer where the words are plain, else None."""
-        if self._skeletons.table is None or (last := last_answer(messages)) is None:
-            return None
-        roles = []
-        if has_tools(messages):
+    def _short_way(self, messages: Sequence[Message], *, typed: bool) -> tuple[str, ...] | None:
+        """Return the roles up to the last answer where the words are plain, else None.
+
+        `typed`: somebody may have typed a control token.
+        """
+        roles = tuple([message["role"] for message in messages])
+        if roles not in self._last:
+            if len(self._last) > 10_000:
+                self._last.clear()
+            self._last[roles] = last_answer(messages)
+        last = self._last[roles]
+        if self._skeletons.table is None or last is None or (max(map(len, messages)) > 2 and has_tools(messages)):
             return None
         for message in messages[: last + 1]:
             words = message["content"]
-            if not words or words[0].isspace() or words[-1].isspace() or self._chat.sealed.holds_control(words):
+            if not words or len(words.strip()) != len(words) or (typed and self._chat.sealed.holds_control(words)):
                 return None
             if self._composed and not words.isascii() and not unicodedata.is_normalized("NFC", words):
                 return None
-            roles.append(message["role"])
-        return tuple(roles)
+        return roles[: last + 1]
 
     def _by_template(self, members: list[int], talks: Talks, into: Tokens, audit: Audit | None) -> None:
         import numpy as np
@@ -157,20 +166,20 @@ class Encoder:
         """Encode conversations of one sequence of roles; return those that are not as the skeleton says."""
         import numpy as np
 
-        texts = [skeleton.text(each) for each in words]
-        encodings = self._chat.sealed.rust.encode_batch_fast(texts, add_special_tokens=False)
-        lengths = np.fromiter((len(each) for each in encodings), np.int64, len(texts))
+        written = [skeleton.text(each) for each in words]
+        encodings = self._chat.sealed.rust.encode_batch_fast(written, add_special_tokens=False)
+        lengths = np.fromiter(map(len, encodings), np.int64, len(written))
         ids = np.fromiter(chain.from_iterable(each.ids for each in encodings), np.int32, int(lengths.sum()))
         ends = np.cumsum(lengths)
         starts = ends - lengths
-        firsts, lasts, right = self._spans(skeleton, ids, starts, lengths, texts, words)
+        firsts, lasts, right = self._spans(skeleton, ids, starts, lengths, written, words)
 
         long = lengths > self._max_length
         into.too_long += [(talks.places[members[i]], int(lengths[i])) for i in np.flatnonzero(long & right)]
         nothing = (lasts - firsts <= 1).all(axis=1)
         into.nothing += [talks.places[members[i]] for i in np.flatnonzero(nothing & right & ~long)]
         keep = right & ~long & ~nothing
-        self._compare(keep, ids, starts, ends, firsts, lasts, members, talks, audit, texts)
+        self._compare(keep, ids, starts, ends, firsts, lasts, members, talks, audit, written)
 
         marks = np.zeros(len(ids) + 1, np.int8)
         # Answers of one conversation do not touch: a header stands between. A first token is never learned.
@@ -181,7 +190,7 @@ class Encoder:
         chosen = np.repeat(keep, lengths)
         trained = (end - begin).sum(axis=1)
         kept = np.flatnonzero(keep)
-        into.places += [talks.places[members[i]] for i in kept]
+        into.places += [talks.places[members[i]] for i in kept.tolist()]
         into.ids.append(ids[chosen])
         into.labels.append(labels[chosen])
         into.lengths.append(lengths[keep].astype(np.int32))
@@ -203,14 +212,13 @@ class Encoder:
         ids: "np.ndarray",
         starts: "np.ndarray",
         lengths: "np.ndarray",
-        texts: list[str],
+        written: list[str],
         words: list[list[str]],
     ) -> tuple["np.ndarray", "np.ndarray", "np.ndarray"]:
         """Return first token and end of each answer (conversations by answers), and which conversations are as expected."""
         import numpy as np
-        import pyarrow as pa
 
-        count, size = len(texts), len(ids)
+        count, size = len(written), len(ids)
         (controls,) = np.nonzero(self._is_control[ids])
         owner = np.searchsorted(starts, controls, "right") - 1
         found = np.bincount(owner, minlength=count)
@@ -220,21 +228,22 @@ class Encoder:
             right[np.searchsorted(starts, bad, "right") - 1] = False
         at = np.cumsum(found) - found
 
+        together = "".join(written)
+        source = together.encode()
+        plain = len(source) == len(together)  # ASCII: a character is a byte
+        each = chain.from_iterable(words)
+        sizes = map(len, each) if plain else (len(x) if x.isascii() else len(x.encode()) for x in each)
+        held = np.fromiter(sizes, np.int64, count * len(words[0])).reshape(count, -1)
         # What the tokens are, as bytes: the text of the batch, if nothing was changed on the way.
-        bytes_: Any = self._table.take(pa.array(ids))
+        bytes_: Any = self._table.take(numbers(ids))
         offsets = np.frombuffer(bytes_.buffers()[1], np.int32, size + 1, bytes_.offset * 4)
-        sources = [text.encode() for text in texts]
-        sizes = np.fromiter(map(len, sources), np.int64, count)
-        same = np.diff(offsets[np.append(starts, size)]) == sizes
-        if same.all() and bytes_.buffers()[2].to_pybytes()[: int(sizes.sum())] == b"".join(sources):
-            pass
-        else:
-            content = bytes_.buffers()[2].to_pybytes()
+        same = np.diff(offsets[np.append(starts, size)]) == held.sum(axis=1) + skeleton.size
+        content = np.frombuffer(bytes_.buffers()[2], np.uint8)[: offsets[-1]]
+        if not same.all() or not np.array_equal(content, np.frombuffer(source, np.uint8)):
             for i in range(count):
                 low, high = offsets[starts[i]], offsets[starts[i] + lengths[i]]
-                right[i] &= content[low:high] == sources[i]
+                right[i] &= content[low:high].tobytes() == written[i].encode()
 
-        held = np.array([[len(each.encode()) for each in some] for some in words], np.int64)
         before = np.cumsum(held, axis=1) - held
         firsts = np.zeros((count, len(skeleton.answers)), np.int64)
         lasts = np.zeros_like(firsts)
@@ -263,13 +272,14 @@ class Encoder:
         members: list[int],
         talks: Talks,
         audit: Audit | None,
-        texts: list[str],
+        written: list[str],
     ) -> None:
         """Take some conversations the other way, too, and tokenise some again with the tokenizer as it is."""
         import numpy as np
 
         kept = np.flatnonzero(keep)
-        some = [int(i) for i in kept if talks.places[members[i]] % _COMPARED == 0]
+        places = np.array([talks.places[members[i]] for i in kept.tolist()], np.int64)
+        some = kept[places % _COMPARED == 0].tolist()
         if some:
             names = [talks.names[members[i]] for i in some]
             rendered = self._chat.encode([talks.messages[members[i]] for i in some], self._supervise, names)
@@ -279,10 +289,17 @@ class Encoder:
                     raise ShortWayFailed(talks.names[members[i]])
         if audit is None:
             return
-        again = [int(i) for i in kept if talks.places[members[i]] % _RETOKENISED == 0]
-        plain = audit.retokenised([self._chat.sealed.unseal(texts[i]) for i in again])
+        again = kept[places % _RETOKENISED == 0].tolist()
+        plain = audit.retokenised([self._chat.sealed.unseal(written[i]) for i in again])
         same = sum(one == ids[starts[i] : ends[i]].tolist() for i, one in zip(again, plain, strict=True))
         audit.add_agreement(len(again), same)
+
+
+@lru_cache(maxsize=2)
+def _arrow_table(rust: Any) -> Any:
+    import pyarrow as pa
+
+    return texts(byte_table(rust) or (), pa.binary())
 
 
 class ShortWayFailed(DataError):

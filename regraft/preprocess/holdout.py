@@ -47,13 +47,17 @@ def content_key(messages: Sequence[Message]) -> str:
 
 def prompt_text(messages: Sequence[Message]) -> str:
     """Return all that precedes the last assistant message, folded; see `content_key`."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    return "\n".join(plain(words(message)) for message in messages[:last])
+    last = len(messages)
+    for i in range(len(messages) - 1, -1, -1):
+        if messages[i]["role"] == "assistant":
+            last = i
+            break
+    return "\n".join([plain(words(message)) for message in messages[:last]])
 
 
 def held_out(key: str, slices: Mapping[str, str], params: HoldoutParams) -> bool:
     """Say whether a row is on the holdout's side: by one of its slices, or by its key, which is as good as random."""
-    if any(slices.get(name) == value for name, value in params.always.items()):
+    if params.always and any(slices.get(name) == value for name, value in params.always.items()):
         return True
     return int(key[:8], 16) / 2**32 < params.share
 
@@ -78,7 +82,9 @@ def row_entry(row: Mapping[str, Any], params: HoldoutParams) -> tuple[str, str, 
     if "rejected" in row:
         answer = json.dumps([answer, row["rejected"], row["wanted"]])
     digest = hashlib.sha256(answer.encode("utf-8", "surrogatepass")).hexdigest()
-    at = (row["at"] or "~").encode("ascii", "replace").decode()  # "~" sorts after every date
+    at = row["at"] or "~"  # sorts after every date
+    if not at.isascii():
+        at = at.encode("ascii", "replace").decode()
     return key, digest[:32], at, row["row_id"], fate
 
 
@@ -96,6 +102,8 @@ def decide(
     fates[(fates == Fate.TRAIN) & np.isin(keys, holdout)] = Fate.LEAKED
     for side in (Fate.TRAIN, Fate.HOLDOUT):
         (where,) = np.nonzero(fates == side)
+        own = np.sort(keys[where])  # four columns need not be sorted for a prompt that occurs once
+        where = where[np.isin(keys[where], own[1:][own[1:] == own[:-1]])]
         order = where[np.lexsort((ids[where], times[where], answers[where], keys[where]))]
         again = (keys[order][1:] == keys[order][:-1]) & (answers[order][1:] == answers[order][:-1])
         fates[order[1:][again]] = Fate.DEDUPLICATED

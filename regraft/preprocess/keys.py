@@ -80,7 +80,8 @@ def read_keys(path: Path, shard: Shard, params: PreprocessParams, folder: Path) 
                 whole.append(sketch(texts)[0])
         for row_id, messages, slices, at, other in zip(*columns, own, strict=True):
             row = {"row_id": row_id, "messages": messages, "slices": dict(slices or ()), "at": at, **other}
-            names.update(row["slices"])
+            if slices:
+                names.update(row["slices"])
             if wanted["origins"]:
                 origins.append(row["slices"].get(SLICE, "").encode())
             entries.append(row_entry(row, params.holdout))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from regraft.chat import IGNORED
 from regraft.preprocess.columns import Tokens
-from regraft.preprocess.files import block_schema
+from regraft.preprocess.files import block_schema, lists
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,9 +93,6 @@ def pack_blocks(documents: Documents, blocks: Sequence[Sequence[int]]) -> Iterat
         labels = documents.labels[taken]
         labels[ends - lengths] = IGNORED
         sizes = [int(documents.lengths[each].sum()) for each in some]
-        offsets = pa.array(np.cumsum([0, *sizes]), pa.int32())
-        columns = [
-            pa.ListArray.from_arrays(offsets, pa.array(values))
-            for values in (documents.ids[taken], labels, positions.astype(np.int32))
-        ]
+        counts = np.array(sizes)
+        columns = [lists(values, counts) for values in (documents.ids[taken], labels, positions.astype(np.int32))]
         yield pa.record_batch(columns, schema=schema)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.artifacts import MANIFEST, commit_dir, digest_file, digest_json, read_json
+from regraft.artifacts import MANIFEST, commit_dir, digest_bytes, digest_file, digest_json, read_json
 from regraft.chat import open_chat, template_digest
 from regraft.errors import DataError, GateRefused, MissingInput, ParamsError
 from regraft.failpoints import failpoint
@@ -30,7 +30,8 @@ from regraft.preprocess.preferences import HOLDOUT_PAIRS, PAIRS
 from regraft.preprocess.replay import thin
 from regraft.preprocess.report import Counts, PreferenceCounts, PreprocessReport
 from regraft.preprocess.shard import HOLDOUT, PART, TRAIN, TRAIN_ROWS, Part
-from regraft.preprocess.shards import LIBRARIES, Cache, Shard, code_digest, cut, put
+from regraft.preprocess.shards import Cache, Shard, code_digest, cut, put, versions
+from regraft.preprocess.tokenizer import keep_tokenizer
 from regraft.preprocess.twins import drop_twins
 from regraft.preprocess.work import Workers
 
@@ -91,7 +92,7 @@ def preprocess(
             ),
             "tokenizer": opened.report.tokenizer_digest,
             "template": template_digest(workers.tokenizer),
-            "libraries": _versions(),
+            "libraries": versions(),
         }
         entries = _prepare(workers, shards, store, table, common)
         parts = [Part.model_validate(read_json(entry / PART)) for entry in entries]
@@ -128,7 +129,8 @@ def preprocess(
                 holdout_digest=_joined(digests[HOLDOUT] + digests[HOLDOUT_PAIRS]),
             )
             report.save(folder / "report.json")
-        store.keep({entry.name for entry in entries} | set(table.entries), spare=2 * len(shards) + 16)
+        keep_tokenizer(workers.tokenizer, store, workers.kept)
+        store.keep({entry.name for entry in entries} | {workers.kept, *table.entries}, spare=2 * len(shards) + 16)
     log.info(
         "preprocess: %d rows: %d to train on (%d tokens in %d blocks), %d held out, %d left out; %d of %d shards made anew",
         report.counts.rows_in,
@@ -221,8 +223,9 @@ def _prepare(
     """Return the entry of every shard, made where it is not there or damaged."""
     entries = []
     for shard in shards:
-        fates = digest_json(table.fates[shard.first : shard.end].tolist())
-        more = {} if table.copies is None else {"copies": table.copies[shard.first : shard.end].tolist()}
+        own = slice(shard.first, shard.end)
+        fates = digest_bytes(table.fates[own].tobytes())
+        more = {} if table.copies is None else {"copies": digest_bytes(table.copies[own].tobytes())}
         entries.append(digest_json({**common, "rows": shard.digest, "fates": fates, **more}))
     workers.prepare(shards, entries, table.entries, table.fates, table.copies)
     return [store.folder(entry) for entry in entries]
@@ -257,12 +260,6 @@ def _check_context(tokenizer: Any, params: PreprocessParams, name: str) -> None:
             f"preprocess.max_length is {params.max_length}, but the base model {name} has {context} positions",
             fix=f"set preprocess.max_length to at most {context}",
         )
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in LIBRARIES}
 
 
 def _dropped_share(counts: Counts) -> float:

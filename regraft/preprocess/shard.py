@@ -14,7 +14,7 @@ from regraft.chat import IGNORED, Chat, last_answer
 from regraft.errors import GateRefused
 from regraft.preprocess.audit import Audit
 from regraft.preprocess.columns import Encoder, ShortWayFailed, Talks, Tokens
-from regraft.preprocess.files import block_schema, holdout_schema, write_holdout, write_stream
+from regraft.preprocess.files import block_schema, holdout_schema, lists, numbers, texts, write_holdout, write_stream
 from regraft.preprocess.holdout import Fate
 from regraft.preprocess.pack import Documents, pack_blocks, plan_blocks
 from regraft.preprocess.params import PreprocessParams
@@ -148,8 +148,9 @@ class Preparer:
                 into = train if side == Fate.TRAIN else Tokens()
                 before, since = len(into.places), len(into.ids)
                 self._encoders[side].encode(talks, into, audit if side == Fate.TRAIN else None)
-                for place in into.places[before:]:
-                    _count(slices[side], columns["slices"][place - first])
+                if any(columns["slices"]):
+                    for place in into.places[before:]:
+                        _count(slices[side], columns["slices"][place - first])
                 if side == Fate.HOLDOUT and into.places:
                     held.append(_held(into, columns, first, self._written))
                 if preferences:
@@ -231,14 +232,14 @@ class Preparer:
         write_stream(folder / TRAIN, block_schema(), pack_blocks(documents, blocks))
 
         trained = np.concatenate([*train.trained, np.empty(0, np.int32)])
-        where = places[order]
+        where = places[order].tolist()
         columns = {
-            "row_id": pa.array(ids[order].astype("U32")),
-            "key": pa.array([keys[place].tobytes().hex() for place in where], pa.string()),
-            "tokens": pa.array(documents.lengths[order], pa.int32()),
-            "trained_tokens": pa.array(trained[order], pa.int32()),
-            "source": pa.array([names.sources[place] for place in where], pa.string()),
-            "line": pa.array([names.lines[place] for place in where], pa.int64()),
+            "row_id": texts([names.row_ids[place] for place in where]),
+            "key": texts([keys[place].tobytes().hex() for place in where]),
+            "tokens": numbers(documents.lengths[order]),
+            "trained_tokens": numbers(trained[order]),
+            "source": texts([names.sources[place] for place in where]),
+            "line": numbers(np.array([names.lines[place] for place in where], np.int64)),
         }
         table = pa.table(columns)
         repeated = len(each) - len(order)
@@ -294,19 +295,17 @@ def _held(
         own = slice(end - size, end)
         learned = ids[own][labels[own] != IGNORED]
         answers.append(written(learned) if last.get("tool_calls") else last["content"])
-
-    def lists(flat: "np.ndarray", sizes: "np.ndarray") -> Any:
-        offsets: Any = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
-        return pa.ListArray.from_arrays(offsets, pa.array(flat))
-
+    slices = [sorted(columns["slices"][i] or ()) for i in places]
+    counts = np.concatenate([[0], np.cumsum([len(each) for each in slices])]).astype(np.int32)
+    pairs = [pair for each in slices for pair in each]
     return pa.record_batch(
         [
-            pa.array([columns["row_id"][i] for i in places], pa.string()),
-            pa.array([sorted(columns["slices"][i] or ()) for i in places], schema.field("slices").type),
-            pa.array(
-                [json.dumps(columns["messages"][i][: answered[i]], ensure_ascii=False) for i in places], pa.string()
+            texts([columns["row_id"][i] for i in places]),
+            pa.MapArray.from_arrays(
+                numbers(counts), texts([name for name, _ in pairs]), texts([value for _, value in pairs])
             ),
-            pa.array(answers, pa.string()),
+            texts([json.dumps(columns["messages"][i][: answered[i]], ensure_ascii=False) for i in places]),
+            texts(answers),
             lists(heads, prompts),
             lists(ids, lengths),
             lists(labels, lengths),

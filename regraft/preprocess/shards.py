@@ -28,6 +28,7 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 _LEAST, _MOST = 8_192, 16_384  # rows of a shard that its content ends
 _LEAST_OF_SOURCE = 1_024  # rows from which the end of a source ends a shard
 _ENDS = "000"  # what the id of a last row starts with: one in 4,096
+_TEXTS, _NO_TEXTS = 1_024, 16_384  # rows read at once, with their messages and without
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def cut(path: Path) -> Iterator[Shard]:
         return shard
 
     previous: str | None = None
-    for batch in read_batches(path, ("row_id", "source", "line", "at")):
+    for batch in read_batches(path, ("row_id", "source", "line", "at"), size=_NO_TEXTS):
         table = pa.Table.from_batches([batch])
         offset = 0
         for place, changed in _candidates(batch, previous):
@@ -99,15 +100,29 @@ def _candidates(batch: "pa.RecordBatch", previous: str | None) -> list[tuple[int
 
 
 def _digest(rows: "pa.Table") -> str:
+    """Return the sha256 of the columns as they lie in memory (lengths, then contents): no value becomes an object."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     digest = hashlib.sha256()
-    for name in ("row_id", "source", "line", "at"):
-        digest.update("\0".join(map(str, rows[name].to_pylist())).encode())
-        digest.update(b"\1")
+    for name in ("row_id", "source", "at"):
+        values: Any = pa.concat_arrays(rows[name].chunks)
+        offsets = np.frombuffer(values.buffers()[1], np.int32)[values.offset :][: len(values) + 1]
+        digest.update(np.diff(offsets).data)
+        digest.update(memoryview(values.buffers()[2] or b"")[offsets[0] : offsets[-1]])
+        if values.null_count:  # a missing text is another than an empty one
+            digest.update(memoryview(pc.cast(pc.is_null(values), pa.int8()).buffers()[1])[: len(values)])
+        digest.update(b"%d" % values.null_count)
+    lines: Any = pa.concat_arrays(rows["line"].chunks)
+    digest.update(memoryview(lines.buffers()[1])[8 * lines.offset :][: 8 * len(lines)])
     return digest.hexdigest()
 
 
-def read_batches(path: Path, columns: Iterable[str], first: int = 0, end: int | None = None) -> Iterator[Any]:
-    """Yield record batches of rows `first` to `end`, of at most 1,024 rows or one row group each.
+def read_batches(
+    path: Path, columns: Iterable[str], first: int = 0, end: int | None = None, size: int = _TEXTS
+) -> Iterator[Any]:
+    """Yield record batches of rows `first` to `end`, of at most `size` rows or one row group each.
 
     Raises:
         DataError: the file cannot be read.
@@ -119,16 +134,16 @@ def read_batches(path: Path, columns: Iterable[str], first: int = 0, end: int | 
         with pq.ParquetFile(path) as file:
             at = 0
             for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if (end is None or at < end) and at + size > first:
-                    for batch in file.iter_batches(1_024, [group], list(columns), use_threads=False):
+                rows = file.metadata.row_group(group).num_rows
+                if (end is None or at < end) and at + rows > first:
+                    for batch in file.iter_batches(size, [group], list(columns), use_threads=False):
                         low = max(first - at, 0)
                         high = batch.num_rows if end is None else min(end - at, batch.num_rows)
                         if low < high:
                             yield batch.slice(low, high - low)
                         at += batch.num_rows
                 else:
-                    at += size
+                    at += rows
     except (pa.ArrowException, KeyError) as error:
         raise DataError(f"{path} cannot be read: {error}", fix="dvc repro validate") from error
 
@@ -174,6 +189,13 @@ def put(source: Path, destination: Path) -> None:
         os.link(source, destination)
     except OSError:
         shutil.copyfile(source, destination)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of `LIBRARIES`."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in LIBRARIES}
 
 
 def code_digest() -> str:

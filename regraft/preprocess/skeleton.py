@@ -11,13 +11,14 @@ that begins or ends with white space, holds a control token, or whose tokens do 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
 from regraft.chat import Chat, Message, Rendered, Supervise
 from regraft.errors import DataError
-from regraft.sealed import unknown_id
+from regraft.preprocess.audit import unknown_of
+from regraft.preprocess.tokenizer import KeptTokenizer
 
 _WORD = "qzw{:03}wzq"  # stands for the words of a turn in the probe
 _LONGEST = 64  # turns; longer conversations are few
@@ -53,10 +54,18 @@ class Skeleton:
 
     def text(self, words: Sequence[str]) -> str:
         """Return the sealed text of a conversation."""
-        parts = [self.pieces[0]]
-        for word, piece in zip(words, self.pieces[1:], strict=True):
-            parts += (word, piece)
+        parts = self._gaps.copy()
+        parts[1::2] = words
         return "".join(parts)
+
+    @cached_property
+    def _gaps(self) -> list[str]:
+        return [part for piece in self.pieces for part in (piece, "")][:-1]
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all pieces."""
+        return sum(len(piece.encode()) for piece in self.pieces)
 
 
 class Skeletons:
@@ -70,7 +79,7 @@ class Skeletons:
         """Bytes of each token, where tokens are bytes; None: every conversation goes through the template."""
         self._render = None if self.table is None else _renderer(tokenizer, chat.template)
         self.control = set(chat.sealed.control.values())
-        self.unknown = unknown_id(tokenizer)
+        self.unknown = unknown_of(tokenizer)
 
     def refuse(self) -> None:
         """From now on let every conversation go through the template."""
@@ -154,29 +163,35 @@ def byte_table(rust: Any) -> list[bytes] | None:
     They are with byte-level models (GPT-2's alphabet of printable characters for bytes) without a normalizer, or with one
     that only composes (NFC).
     """
-    content = json.loads(rust.to_str())
-    normalizer = content.get("normalizer")
-    if (content.get("decoder") or {}).get("type") != "ByteLevel" or (normalizer or {}).get("type", "NFC") != "NFC":
+    # Part by part: the whole as JSON holds the vocabulary and all merges.
+    normalizer, decoder, pre_tokenizer = (
+        json.loads(part.__getstate__()) if part is not None else {}
+        for part in (rust.normalizer, rust.decoder, rust.pre_tokenizer)
+    )
+    if decoder.get("type") != "ByteLevel" or normalizer.get("type", "NFC") != "NFC":
         return None
-    if any(each.get("add_prefix_space") for each in _parts(content.get("pre_tokenizer"))):
+    if any(each.get("add_prefix_space") for each in _parts(pre_tokenizer)):
         return None
     letters = _letters()
-    added = {token["id"]: token["content"] for token in content["added_tokens"]}
-    table: list[bytes] = []
-    for id_ in range(max(rust.get_vocab(with_added_tokens=True).values()) + 1):
-        if id_ in added:
-            table.append(added[id_].encode())
-            continue
-        text = rust.id_to_token(id_) or ""
-        if any(letter not in letters for letter in text):
-            return None
-        table.append(bytes(letters[letter] for letter in text))
+    added = {id_: token.content for id_, token in rust.get_added_tokens_decoder().items()}
+    known = rust.get_vocab(with_added_tokens=True)
+    spelled = [""] * (max(known.values()) + 1)
+    for text, id_ in known.items():
+        if id_ not in added:
+            spelled[id_] = text
+    together = "".join(spelled)
+    if not letters.keys() >= set(together):
+        return None
+    # One translation of the whole vocabulary: a letter is a byte, so lengths stay.
+    flat = together.translate({ord(letter): byte for letter, byte in letters.items()}).encode("latin-1")
+    ends = list(accumulate(map(len, spelled)))
+    table = [flat[end - len(text) : end] for text, end in zip(spelled, ends, strict=True)]
+    for id_, text in added.items():
+        table[id_] = text.encode()
     return table
 
 
-def _parts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if pre_tokenizer is None:
-        return []
+def _parts(pre_tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
     return [pre_tokenizer, *pre_tokenizer.get("pretokenizers", [])]
 
 
@@ -189,11 +204,14 @@ def _letters() -> dict[str, int]:
 
 def _renderer(tokenizer: Any, template: str) -> Callable[[list[dict[str, str]], bool], str] | None:
     """Return the template as a function that leaves the strings it is given as they are."""
-    try:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-    except ImportError:  # it is not part of the public interface: without it everything goes through the template
-        return None
-    compiled = _compile_jinja_template(template)
+    if isinstance(tokenizer, KeptTokenizer):
+        compiled = tokenizer.compiled(template)
+    else:
+        try:
+            from transformers.utils.chat_template_utils import _compile_jinja_template
+        except ImportError:  # it is not part of the public interface: without it everything goes through the template
+            return None
+        compiled = _compile_jinja_template(template)
     special = tokenizer.special_tokens_map
 
     def render(messages: list[dict[str, str]], generation: bool) -> str:

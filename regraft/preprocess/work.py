@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +26,7 @@ from regraft.preprocess.keys import load_keys, read_keys
 from regraft.preprocess.params import PreprocessParams
 from regraft.preprocess.shard import Preparer
 from regraft.preprocess.shards import Cache, Shard
+from regraft.preprocess.tokenizer import open_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,12 +38,38 @@ _LITTLE = 4_096  # rows that one process does as fast as several
 _inherited: dict[str, Any] = {}  # what a forked process finds
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One shard to prepare."""
+
+    path: Path
+    """`rows.parquet`."""
+    shard: Shard
+    store: Cache
+    keys: str
+    """The entry of its keys."""
+    fates: "np.ndarray"
+    """Of its rows."""
+    copies: "np.ndarray | None"
+    """How often each of them is trained on; None: once."""
+    entry: str
+    """The entry to make."""
+
+    def done_by(self, preparer: Preparer) -> None:
+        """Make the entry."""
+        with self.store.make(self.entry) as folder:
+            keys = load_keys(self.store.folder(self.keys)).keys
+            preparer.prepare(self.path, self.shard, keys, self.fates.copy(), folder, self.copies)
+
+
 class Workers:
     """Does the work on shards; a context, which ends its processes."""
 
     def __init__(self, params: PreprocessParams, base: "Base", path: Path, store: Cache) -> None:
         self._params, self._base, self._path, self._store = params, base, path.absolute(), store
         self.tokenizer: Any = None
+        self.kept = ""
+        """The cache's name of the tokenizer."""
         self.made = 0
         self._pool: ProcessPoolExecutor | ClusterPool | None = None
 
@@ -56,9 +84,7 @@ class Workers:
     def load_tokenizer(self) -> None:
         """Load the base's tokenizer, once."""
         if self.tokenizer is None:
-            from regraft.model import load
-
-            self.tokenizer = load.load_tokenizer(self._base)
+            self.tokenizer, self.kept = open_tokenizer(self._base, self._store)
 
     def look(self, shards: Sequence[Shard], entries: Sequence[str]) -> None:
         """Make the entries of keys that are not there; meanwhile load the tokenizer."""
@@ -83,35 +109,50 @@ class Workers:
         copies: "np.ndarray | None" = None,
     ) -> None:
         """Make the prepared entries that are not there; `copies` says how often each row is trained on, None once."""
-        missing = self._missing(shards, entries)
-        self.made = len(missing)
-        if not missing:
+
+        def task(i: int) -> _Task:
+            own = slice(shards[i].first, shards[i].end)
+            often = None if copies is None else copies[own]
+            return _Task(self._path, shards[i], self._store, keys[i], fates[own], often, entries[i])
+
+        new = [i for i, entry in enumerate(entries) if not self._store.folder(entry).is_dir()]
+        if self._is_little(shards, new):  # what is new is made while the bytes of what is kept are verified
+            with ThreadPoolExecutor(_cores()) as threads:
+                kept = threads.submit(self._missing, shards, entries, skip=frozenset(new))
+                self._prepare_here([task(i) for i in new])
+                missing = kept.result()
+            self.made = len(new)
+        else:
+            missing = self._missing(shards, entries)
+            self.made = 0
+        self.made += len(missing)
+        tasks = [task(i) for i in sorted(missing, key=lambda i: -shards[i].rows)]  # all cores end together
+        if self._is_little(shards, missing):
+            self._prepare_here(tasks)
             return
         self.load_tokenizer()
-        tasks = [
-            (
-                shards[i],
-                keys[i],
-                fates[shards[i].first : shards[i].end],
-                None if copies is None else copies[shards[i].first : shards[i].end],
-                entries[i],
-            )
-            for i in sorted(missing, key=lambda i: -shards[i].rows)  # the longest first: all cores end together
-        ]
-        if sum(shards[i].rows for i in missing) <= _LITTLE or len(missing) == 1:
-            preparer = Preparer(open_chat(self.tokenizer), self.tokenizer, self._params)
-            for shard, key, some, often, entry in tasks:
-                _prepare(preparer, self._path, shard, self._store, key, some, often, entry)
-            return
         pool = self._start()
-        futures = [pool.submit(_prepare_there, self._path, s, self._store, k, f, c, e) for s, k, f, c, e in tasks]
-        self._gather(futures, "made")
+        self._gather([pool.submit(_prepare_there, each) for each in tasks], "made")
 
-    def _missing(self, shards: Sequence[Shard], entries: Sequence[str]) -> list[int]:
-        """Return which entries are not there whole; hashing leaves the interpreter's lock."""
+    def _prepare_here(self, tasks: Sequence[_Task]) -> None:
+        if tasks:
+            self.load_tokenizer()
+            preparer = Preparer(open_chat(self.tokenizer), self.tokenizer, self._params)
+            for each in tasks:
+                each.done_by(preparer)
+
+    def _is_little(self, shards: Sequence[Shard], some: Sequence[int]) -> bool:
+        """Say whether this process alone makes these shards as fast as several."""
+        return len(some) < 2 or sum(shards[i].rows for i in some) <= _LITTLE
+
+    def _missing(
+        self, shards: Sequence[Shard], entries: Sequence[str], skip: frozenset[int] = frozenset()
+    ) -> list[int]:
+        """Return which entries are not there whole, of those not to be skipped; hashing leaves the interpreter's lock."""
+        some = [i for i, shard in enumerate(shards) if shard.rows and i not in skip]
         with ThreadPoolExecutor(_cores()) as threads:
-            found = list(threads.map(self._store.find, entries))
-        return [i for i, folder in enumerate(found) if folder is None and shards[i].rows]
+            found = list(threads.map(self._store.find, [entries[i] for i in some]))
+        return [i for i, folder in zip(some, found, strict=True) if folder is None]
 
     def _start(self) -> "ProcessPoolExecutor | ClusterPool":
         if address := os.environ.get(ADDRESS, ""):
@@ -121,7 +162,7 @@ class Workers:
         context = multiprocessing.get_context(way)
         if way == "fork":
             _inherited["tokenizer"] = self.tokenizer
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer looks for it when its process is forked
         self._pool = ProcessPoolExecutor(
             _cores(), mp_context=context, initializer=_begin, initargs=(self._params, self._base, os.getpid())
         )
@@ -160,15 +201,15 @@ def _begin(params: PreprocessParams, base: "Base", parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is told, and ends them
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    become_worker(params, base, _inherited.get("tokenizer"))
+
+
+def become_worker(params: PreprocessParams, base: "Base", tokenizer: Any = None) -> None:
+    """Let this process, of a pool or of a cluster, be one that prepares shards with these parameters."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process
     gc.set_threshold(200_000, 50, 100)  # rows hold no cycles to look for
-    _inherited.update(params=params, base=base)
-
-
-def become_worker(params: PreprocessParams, base: "Base") -> None:
-    """Let this process, of a cluster, be one that prepares shards with these parameters."""
     _inherited.clear()
-    _inherited.update(params=params, base=base)
+    _inherited.update(params=params, base=base, tokenizer=tokenizer)
 
 
 def _look(path: Path, shard: Shard, params: PreprocessParams, store: Cache, entry: str) -> None:
@@ -176,30 +217,7 @@ def _look(path: Path, shard: Shard, params: PreprocessParams, store: Cache, entr
         read_keys(path, shard, params, folder)
 
 
-def _prepare(
-    preparer: Preparer,
-    path: Path,
-    shard: Shard,
-    store: Cache,
-    keys: str,
-    fates: "np.ndarray",
-    copies: "np.ndarray | None",
-    entry: str,
-) -> None:
-    chosen = fates.copy()
-    with store.make(entry) as folder:
-        preparer.prepare(path, shard, load_keys(store.folder(keys)).keys, chosen, folder, copies)
-
-
-def _prepare_there(
-    path: Path,
-    shard: Shard,
-    store: Cache,
-    keys: str,
-    fates: "np.ndarray",
-    copies: "np.ndarray | None",
-    entry: str,
-) -> None:
+def _prepare_there(task: _Task) -> None:
     """Prepare a shard in a process of the pool."""
     if "preparer" not in _inherited:
         if _inherited.get("tokenizer") is None:
@@ -208,4 +226,4 @@ def _prepare_there(
             _inherited["tokenizer"] = load.load_tokenizer(_inherited["base"])
         tokenizer = _inherited["tokenizer"]
         _inherited["preparer"] = Preparer(open_chat(tokenizer), tokenizer, _inherited["params"])
-    _prepare(_inherited["preparer"], path, shard, store, keys, fates, copies, entry)
+    task.done_by(_inherited["preparer"])

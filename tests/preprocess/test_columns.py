@@ -113,3 +113,16 @@ def test_a_template_whose_look_at_the_words_was_not_seen_is_found_out() -> None:
     messages = [{"role": "user", "content": "where is my lamp"}, {"role": "assistant", "content": "here"}]
     with pytest.raises(ShortWayFailed):
         Encoder(chat, tokenizer, "assistant", 300, short=True).encode(Talks([0], [messages], ["row"]), Tokens(), None)
+
+
+def test_words_in_any_script_take_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "_by_template", lambda *_: pytest.fail("the template was asked"))
+    said = ["where is it", "\u6f22\u5b57 na\u00efve", "\U0001f600!"]
+    messages = [
+        [{"role": "user", "content": one}, {"role": "assistant", "content": other}] for one in said for other in said
+    ]
+    tokenizer = tiny.make_tokenizer()
+    made = Tokens()
+    encoder = Encoder(Chat(tokenizer, tokenizer.chat_template), tokenizer, "assistant", 300, short=True)
+    encoder.encode(Talks(list(range(9)), messages, [""] * 9), made, None)
+    assert sorted(made.places) == list(range(9))

@@ -117,3 +117,17 @@ def test_case_blanks_and_unicode_composition_do_not_change_a_key_but_an_earlier_
     before = [{"role": "system", "content": "be kind"}, *row("Café is open")["messages"]]
     assert content_key(before) != key
     assert key == hashlib.sha256("café is open".encode()).hexdigest()
+
+
+def test_duplicates_are_those_that_sorting_all_columns_finds() -> None:
+    dice = np.random.default_rng(5)
+    for size in (0, 1, 2, 50, 400):
+        keys, answers, times, ids = (dice.integers(0, n, size).astype(np.uint64) for n in (30, 3, 4, 10**9))
+        fates = np.where(keys % 5 == 0, Fate.HOLDOUT, Fate.TRAIN).astype(np.int8)
+        found = fates.copy()
+        decide(keys, answers, times, ids, found)
+        first = {}
+        for i in np.lexsort((ids, times)):
+            first.setdefault((keys[i], answers[i]), i)
+        expected = [f if first[keys[i], answers[i]] == i else Fate.DEDUPLICATED for i, f in enumerate(fates)]
+        assert found.tolist() == expected

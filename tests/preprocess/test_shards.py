@@ -90,6 +90,59 @@ def test_a_damaged_entry_is_found_by_its_digest_and_made_again(
     verify_dir(tmp_path / "second")
 
 
+@pytest.mark.usefixtures("small")
+def test_what_is_new_and_what_is_damaged_are_made_in_one_run(
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, cache = talk_rows(300), tmp_path / "cache"
+    preprocess(PARAMS, base=tokenizer_base, rows=write_rows(rows), out=tmp_path / "first", cache=cache)
+    shutil.rmtree(tmp_path / "first")  # its files are the cache's, under a second name
+    path = next(iter(sorted(cache.rglob("train.arrow"), key=lambda each: -each.stat().st_size)))
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(bytes(content))
+    more = write_rows([*rows, *talk_rows(120, 5000)], "more")
+    with caplog.at_level("INFO"):
+        preprocess(PARAMS, base=tokenizer_base, rows=more, out=tmp_path / "second", cache=cache)
+    assert "its sha256 differs" in caplog.text
+    preprocess(PARAMS, base=tokenizer_base, rows=more, out=tmp_path / "anew")
+    assert (tmp_path / "second/manifest.json").read_bytes() == (tmp_path / "anew/manifest.json").read_bytes()
+    verify_dir(tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"at": [None, "b"]},
+        {"at": ["a", ""], "source": ["x", "x"]},
+        {"row_id": ["12", "3"]},
+        {"line": [1, 3]},
+        {"source": ["xx", ""]},
+        {"at": [None, None]},
+        {"at": ["", ""]},
+    ],
+)
+def test_a_shards_digest_tells_any_change_of_a_value(changes: dict[str, list[Any]]) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema({"row_id": pa.string(), "source": pa.string(), "line": pa.int64(), "at": pa.string()})
+    plain: dict[str, list[Any]] = {"row_id": ["1", "23"], "source": ["x", "x"], "line": [1, 2], "at": ["", "b"]}
+    tables = [pa.Table.from_pydict(each, schema) for each in (plain, plain | changes)]
+    assert len({shards._digest(each) for each in tables}) == 2
+    # How rows came in batches is no change.
+    apart = pa.concat_tables([tables[1].slice(0, 1), pa.concat_tables([tables[0], tables[1]]).slice(3, 1)])
+    assert shards._digest(apart) == shards._digest(tables[1])
+
+
+def test_a_shards_digest_tells_where_a_time_is_missing() -> None:
+    import pyarrow as pa
+
+    schema = pa.schema({"row_id": pa.string(), "source": pa.string(), "line": pa.int64(), "at": pa.string()})
+    rows: dict[str, list[Any]] = {"row_id": ["1", "2"], "source": ["x", "x"], "line": [1, 2]}
+    tables = [pa.Table.from_pydict({**rows, "at": at}, schema) for at in (["", None], [None, ""])]
+    assert shards._digest(tables[0]) != shards._digest(tables[1])
+
+
 def test_several_processes_make_the_same_bytes_as_one(
     tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,4 +163,4 @@ def test_entries_that_were_not_used_lately_are_removed(
     for i in range(14):
         some = write_rows(talk_rows(60, 1000 * i), f"rows-{i}")
         preprocess(PARAMS, base=tokenizer_base, rows=some, out=tmp_path / "out", cache=cache)
-    assert len(list(cache.iterdir())) == 2 + 18  # two for one shard, and what is spared
+    assert len(list(cache.iterdir())) == 3 + 18  # the tokenizer, two for one shard, and what is spared
