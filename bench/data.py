@@ -9,6 +9,7 @@ is a byte-level BPE trained on them. Measured in one run, each in a process of i
                 before the clock starts, tokens are thrown away
     ours        `regraft.preprocess` on `rows.parquet`: read, render, mask, tokenise, split, deduplicate, audit, pack, write
     trl         `SFTTrainer` with `packing=True`, `assistant_only_loss=True` and `dataset_num_proc=2` on the same rows
+    llamafactory  LLaMA-Factory's preparation (`bench/llama_factory.py`: ChatML, `neat_packing`, two processes), with --llamafactory
     more        ours again with 1 % more rows and the cache of the first run; and without, to compare every byte
     large       with --large: ours on a tenth of so many rows and on all of them, for memory, and each with 1 % more
     validate    `regraft.validate` with its whole default contract, on clean rows and with every twentieth broken
@@ -63,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000, help="rows to prepare")
     parser.add_argument("--trl", type=Path, help="a folder in which trl is installed; without, it is not measured")
+    parser.add_argument("--llamafactory", type=Path, help="a python that has llamafactory; without, it is not measured")
     parser.add_argument(
         "--large", type=int, default=0, help="also prepare so many rows, and a tenth, for memory and increments"
     )
@@ -120,6 +122,10 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         pq.write_table(pq.read_table(rows / "rows.parquet", columns=["messages"]), rows / "messages.parquet")
         trl = run("trl", base, rows, scratch / "trl", path=arguments.trl)
         figures |= {"trl_s": trl["seconds"], "trl_own_s": trl["own_s"], "trl_cpu_s": trl["cpu_s"]}
+    if arguments.llamafactory:
+        peer = measure_llama_factory(scratch, rows, arguments.llamafactory)
+        figures |= {"llamafactory_s": peer["seconds"], "llamafactory_own_s": peer["own_s"]}
+        figures["llamafactory_cpu_s"] = peer["cpu_s"]
     added = run("prepare", base, more, scratch / "added", scratch / "cache")
     anew = run("prepare", base, more, scratch / "anew", scratch / "cache-of-its-own")
     same = (scratch / "added/manifest.json").read_bytes() == (scratch / "anew/manifest.json").read_bytes()
@@ -130,6 +136,19 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.validate:
         figures["validate"] = measure_validation(scratch, arguments.validate)
     return figures
+
+
+def measure_llama_factory(scratch: Path, rows: Path, python: Path) -> dict[str, float]:
+    """LLaMA-Factory's time for the same conversations, as JSON Lines."""
+    import pyarrow.parquet as pq
+
+    folder = scratch / "llamafactory"
+    folder.mkdir()
+    with (folder / "rows.jsonl").open("w") as file:
+        for messages in pq.read_table(rows / "rows.parquet", columns=["messages"])["messages"].to_pylist():
+            file.write(json.dumps({"messages": messages}) + "\n")
+    script = ROOT / "bench/llama_factory.py"
+    return run(script.stem, scratch / "weights", folder / "rows.jsonl", folder / "out", command=[python, script])
 
 
 def measure_large(scratch: Path, base: Path, number: int) -> dict[str, Any]:
@@ -176,6 +195,8 @@ def judge(figures: dict[str, Any]) -> tuple[dict[str, float], list[dict[str, Any
     if "trl_s" in figures:
         ratios["trl_over_ours"] = figures["trl_s"] / figures["ours_s"]
         goals.append(goal("TRL's time over ours", "at least", 2.5, ratios["trl_over_ours"]))
+    if "llamafactory_s" in figures:
+        ratios["llamafactory_over_ours"] = figures["llamafactory_s"] / figures["ours_s"]
     if "large" in figures:
         ratios["memory"] = figures["large"]["peak_mb"] / figures["tenth"]["peak_mb"]
         ratios["large_more_over_full"] = figures["large"]["more_seconds"] / figures["large"]["seconds"]
@@ -199,14 +220,22 @@ def goal(name: str, how: str, wanted: float, measured: float) -> dict[str, Any]:
     return {"name": name, "wanted": f"{how} {wanted}", "measured": round(measured, 3), "met": met}
 
 
-def run(part: str, *arguments: object, path: Path | None = None) -> dict[str, float]:
-    """Run a part in a process of its own; its wall seconds, its own clock, and the memory of it and all below it."""
+def run(part: str, *arguments: object, path: Path | None = None, command: list[Path] | None = None) -> dict[str, float]:
+    """Run a part in a process of its own; its wall seconds, its own clock, and the memory of it and all below it.
+
+    Args:
+        part: one of `PARTS`, or what `command` is called.
+        arguments: of the part.
+        path: a folder of further packages.
+        command: an interpreter and a script of another environment.
+    """
     import psutil
 
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(each) for each in (ROOT, path) if each)}
+    found = [] if command else [ROOT, path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(each) for each in found if each)}
     began, used = time.monotonic(), children_cpu()
     process = subprocess.Popen(
-        [sys.executable, __file__, part, *map(str, arguments)],
+        [*map(str, command or [sys.executable, __file__, part]), *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

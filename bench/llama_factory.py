@@ -32,7 +32,11 @@ COLUMNS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "as
 def main() -> None:
     """Prepare, and print the seconds that it took without its imports."""
     tokenizer, rows, out = (Path(each).absolute() for each in sys.argv[1:])
-    os.environ |= {"DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(out.with_name("llamafactory-home"))}
+    os.environ |= {
+        "DISABLE_VERSION_CHECK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(out.with_name("llamafactory-home")),
+    }
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from transformers import AutoTokenizer
