@@ -14,6 +14,7 @@ from typing import Any
 
 from regraft.artifacts import canonical_json
 from regraft.errors import DamagedArtifact, MissingInput
+from regraft.evaluate.holdout import HeldOutRow
 from regraft.evaluate.report import AdapterScores, Score
 
 
@@ -30,6 +31,30 @@ class Answer:
     exact: bool
     json_valid: bool | None
     stopped: bool
+
+
+def graded(row: HeldOutRow, text: str, *, loss: float, tokens: int, stopped: bool, json_answers: bool) -> Answer:
+    """Return what was answered to a held-out row, with its grades.
+
+    Args:
+        row: the row.
+        text: what the model said.
+        loss: nats, summed over the tokens of the expected answer.
+        tokens: how many those are.
+        stopped: the model ended its answer itself.
+        json_answers: answers are JSON: equal values are equal, and `json_valid` is said.
+    """
+    return Answer(
+        row_id=row.row_id,
+        slices=row.slices,
+        answer=row.answer,
+        generated=text,
+        loss=loss,
+        tokens=tokens,
+        exact=same_answer(text, row.answer, json_answers=json_answers),
+        json_valid=is_json(text) if json_answers else None,
+        stopped=stopped,
+    )
 
 
 def is_json(text: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from regraft.chat import stop_token_ids
 from regraft.errors import DataError
-from regraft.evaluate.answers import Answer, is_json, same_answer
+from regraft.evaluate.answers import Answer, graded
 from regraft.evaluate.holdout import HeldOutRow
 from regraft.evaluate.params import EvaluateParams
 
@@ -45,19 +45,7 @@ def answer_rows(
         text = tokenizer.decode(
             ids[:-1] if stopped else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        answers.append(
-            Answer(
-                row_id=row.row_id,
-                slices=row.slices,
-                answer=row.answer,
-                generated=text,
-                loss=loss,
-                tokens=tokens,
-                exact=same_answer(text, row.answer, json_answers=params.json_answers),
-                json_valid=is_json(text) if params.json_answers else None,
-                stopped=stopped,
-            )
-        )
+        answers.append(graded(row, text, loss=loss, tokens=tokens, stopped=stopped, json_answers=params.json_answers))
     return answers
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from regraft.errors import DamagedArtifact, MissingInput
-from regraft.evaluate.answers import Answer, is_json, same_answer
+from regraft.evaluate.answers import Answer, graded
 from regraft.evaluate.holdout import HeldOutRow
 from regraft.evaluate.params import EvaluateParams
 from regraft.export.gguf import MODEL
@@ -75,17 +75,7 @@ class LlamaCpp:
             ids, stopped = self._generate(row.prompt_ids, stop, params.max_new_tokens)
             text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             found.append(
-                Answer(
-                    row_id=row.row_id,
-                    slices=row.slices,
-                    answer=row.answer,
-                    generated=text,
-                    loss=loss,
-                    tokens=len(places),
-                    exact=same_answer(text, row.answer, json_answers=params.json_answers),
-                    json_valid=is_json(text) if params.json_answers else None,
-                    stopped=stopped,
-                )
+                graded(row, text, loss=loss, tokens=len(places), stopped=stopped, json_answers=params.json_answers)
             )
         return found
 
