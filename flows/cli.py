@@ -34,14 +34,15 @@ def retrain(
     as_json: Json = False,
 ) -> None:
     """Run what changed: validate, prepare, train, evaluate, judge, register, promote, export."""
+    from regraft import decision, settings
     from regraft import retrain as library
-    from regraft import settings
 
     layout = clone(root)
     parameters = settings.load(layout)
     if explain:
         found = library.plan(layout, parameters)
-        answer(found.to_dict(), found.lines(), as_json=as_json)
+        said = decision.foreseen(layout, parameters, found.steps)
+        answer({**found.to_dict(), "data": said}, [*found.lines(), *said], as_json=as_json)
         return
     with library.exclusive(layout):
         seen = library.fingerprint_now(layout, parameters)  # before the plan: what comes later is new data

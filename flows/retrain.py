@@ -7,6 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from regraft import decision
 from regraft import retrain as library
 from regraft import settings as parameters
 from regraft.errors import RegraftError
@@ -25,7 +26,10 @@ from tasks.validate import validate
 from tasks.verdict import verdict
 
 TASKS = {"model": model, "validate": validate, "preprocess": preprocess, "train": train, "evaluate": evaluate}
-NAMES = {"promoted": "Promoted", "rejected": "Rejected", "waiting": "Waiting", "nothing to do": "NothingToDo"}
+LOOKING = ("model", "validate")
+"""Stages that show what the data has become."""
+NAMES = {"promoted": "Promoted", "rejected": "Rejected", "waiting": "Waiting"}
+NAMES |= {"skipped": "Skipped", "nothing to do": "NothingToDo"}
 """Names of the final states; all of them are `Completed`, since a gate's no is an answer and not a crash."""
 
 
@@ -60,8 +64,25 @@ def _retrain(layout: Layout, fingerprint: str | None, patience: float) -> Outcom
 def _work(layout: Layout, settings: Settings, todo: list[str], fingerprint: str | None) -> Outcome:
     """Run the steps in order; each is done or nothing of it is, so that a killed run is simply run again."""
     wanted = [stage for stage in STAGES if stage in todo]
-    done = [bounded(TASKS[stage], stage, settings.retrain)(layout, settings) for stage in wanted]
-    ran = [each.stage for each in done if each.ran]
+    ran = _bring_up([stage for stage in wanted if stage in LOOKING], layout, settings)
+
+    # Whether the change of the data is worth the rest, and what training begins with.
+    decided = None
+    if rest := [stage for stage in wanted if stage not in LOOKING]:
+        decided = decision.decide(layout, settings)
+        if decided.action == "skip":
+            return library.conclude(
+                layout,
+                settings,
+                ran=ran,
+                fingerprint=fingerprint,
+                verdict=None,
+                version=None,
+                export=None,
+                decision=decided,
+            )
+        settings = decision.heed(layout, settings, decided)
+        ran += _bring_up(rest, layout, settings)
 
     # The same bytes as the champion's, or a challenger that a person has rolled back: nothing to compare.
     judged = version = None
@@ -79,5 +100,18 @@ def _work(layout: Layout, settings: Settings, todo: list[str], fingerprint: str 
         folder = exported.folder
         ran += ["export"] if exported.new else []
     return library.conclude(
-        layout, settings, ran=ran, fingerprint=fingerprint, verdict=judged, version=version, export=folder
+        layout,
+        settings,
+        ran=ran,
+        fingerprint=fingerprint,
+        verdict=judged,
+        version=version,
+        export=folder,
+        decision=decided,
     )
+
+
+def _bring_up(stages: list[str], layout: Layout, settings: Settings) -> list[str]:
+    """Run stages in order; return those that did something."""
+    done = [bounded(TASKS[stage], stage, settings.retrain)(layout, settings) for stage in stages]
+    return [each.stage for each in done if each.ran]

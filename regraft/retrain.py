@@ -15,6 +15,7 @@ from pydantic import Field
 
 from regraft import pipeline, steps, watch
 from regraft.artifacts import digest_json, dir_digest, hold, read_json
+from regraft.decision import Decision
 from regraft.errors import Busy, Exit, RegraftError
 from regraft.gates.verdict import Verdict, explain
 from regraft.layout import STAGES, Layout
@@ -25,7 +26,7 @@ from regraft.report import Report
 from regraft.settings import Settings
 
 EFFECTS = ("verdict", "register", "promote", "export")
-State = Literal["promoted", "rejected", "waiting", "nothing to do"]
+State = Literal["promoted", "rejected", "waiting", "skipped", "nothing to do"]
 _held: set[Path] = set()
 
 
@@ -33,7 +34,8 @@ class Outcome(Report):
     """How a retraining ended; `data/work/retrain.json` keeps the last one that did not fail."""
 
     state: State
-    """`waiting`: the verdict passed, and a person has to promote it."""
+    """`waiting`: the verdict passed, and a person has to promote it. `skipped`: the change of the data is not worth a
+    training yet."""
     lines: list[str]
     """The outcome in words."""
     ran: list[str] = Field(default_factory=list)
@@ -138,6 +140,8 @@ def plan(layout: Layout, settings: Settings, fingerprint: str | None = None) -> 
     if fingerprint is not None and last is not None and last.fingerprint == fingerprint:
         return Plan({}, {}, _nothing(last, "a retraining has ended with this data already"))
     if changed := pipeline.changed(layout):
+        if last is not None and last.state == "skipped" and last.key == _skipped_key(layout, settings, changed):
+            return Plan({}, {}, _nothing(last, "no input changed since this change of the data was left for later"))
         first = next(iter(changed))
         after = {name: [f"`{first}` and what follows it may give another challenger"] for name in EFFECTS}
         return _plan(layout, {**changed, **after})
@@ -178,6 +182,23 @@ def standing_key(layout: Layout, settings: Settings) -> str:
             "gates": settings.gates.model_dump(mode="json"),
             "promote": settings.promote.model_dump(mode="json"),
             "export": settings.export.model_dump(mode="json", exclude={"keep"}),
+        }
+    )
+
+
+def _skipped_key(layout: Layout, settings: Settings, changed: dict[str, list[str]]) -> str:
+    """Return the digest of all that decides whether a change that was left for later is left again."""
+    champion = find_champion(settings.register_, layout)
+    try:
+        rows = dir_digest(layout.stage("validate"))
+    except RegraftError:
+        rows = None
+    return digest_json(
+        {
+            "changed": changed,
+            "rows": rows,
+            "champion": None if champion is None else champion.identity,
+            "decide": settings.retrain.decide.model_dump(mode="json"),
         }
     )
 
@@ -235,6 +256,7 @@ def conclude(
     verdict: Verdict | None,
     version: Version | None,
     export: Path | None,
+    decision: Decision | None = None,
 ) -> Outcome:
     """Say how a retraining ended, and remember it.
 
@@ -246,11 +268,15 @@ def conclude(
         verdict: None where the present adapter is the champion already.
         version: the registered challenger; None for a rejected one, and where nothing was judged.
         export: folder of the export.
+        decision: what was made of the change of the data, if it was looked at.
     """
     champion = find_champion(settings.register_, layout)
     state: State = "promoted"
-    lines = [] if verdict is None else explain(verdict)
-    if verdict is not None and not verdict.passed:
+    lines = [*(decision.lines if decision is not None else []), *(explain(verdict) if verdict is not None else [])]
+    if decision is not None and decision.action == "skip":
+        state = "skipped"
+        lines.append(f"Version {decision.champion} stays the champion.")
+    elif verdict is not None and not verdict.passed:
         state = "rejected"
         lines.append("The champion stays." if champion is not None else "There is no champion yet.")
     elif version is not None and (champion is None or champion.number != version.number):
@@ -271,7 +297,9 @@ def conclude(
         champion=None if champion is None else champion.number,
         export=None if export is None else str(export),
         fingerprint=fingerprint,
-        key=standing_key(layout, settings),
+        key=_skipped_key(layout, settings, pipeline.changed(layout))
+        if state == "skipped"
+        else standing_key(layout, settings),
     )
     outcome.save(_file(layout))
     return outcome

@@ -34,6 +34,18 @@ class Timeouts(Section):
         return int(self.model_dump(by_alias=True)[step])
 
 
+class Decide(Section):
+    """What a change of the data has to amount to, against the rows that the champion was made from."""
+
+    min_rows: int = Field(default=0, ge=0)
+    """Rows that are new, changed or removed; fewer are not trained on yet. 0: every change is."""
+    min_share: float = Field(default=0.0, ge=0, le=1)
+    """The same as a share of the champion's rows."""
+    continue_below: float = Field(default=0.0, ge=0, le=1)
+    """Up to this share of rows that differ, training goes on from the champion's adapter (`train.parent` is written into
+    `params.yaml`), and afresh beyond it. 0: `train.parent` is left as it is."""
+
+
 class RetrainParams(Section):
     """How `regraft retrain` and its deployments run the steps; nothing here changes what a stage computes."""
 
@@ -45,6 +57,8 @@ class RetrainParams(Section):
     """Seconds before the first retry; each later one waits twice as long."""
     pool_patience: PositiveInt = 600
     """Seconds that a stage may wait for a worker of `regraft-gpu` before the retraining fails and says so."""
+    decide: Decide = Decide()
+    """When new data is worth a training; changed parameters always are."""
     settle: float = Field(default=5.0, ge=0, le=3_600)
     """Seconds that a file of `data/raw` must be unchanged before `watch` reports it: half a copy is not data."""
     timeouts: Timeouts = Timeouts()

@@ -9,12 +9,14 @@ import pytest
 
 from regraft import retrain
 from regraft.artifacts import commit_dir, write_json
+from regraft.decision import Decision
 from regraft.errors import Busy
 from regraft.export.export import export_key
 from regraft.gates.verdict import Check, Verdict, decide
 from regraft.layout import Layout
 from regraft.register.version import Entry, Version, identity
 from regraft.retrain import Outcome
+from regraft.retrain_params import RetrainParams
 from regraft.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -175,9 +177,39 @@ def test_a_refusal_stands_until_champion_rules_or_challenger_change(world: World
 def test_a_rejection_ends_with_3_and_everything_else_with_0() -> None:
     codes = {
         state: Outcome(state=state, lines=[]).exit_code
-        for state in ("promoted", "rejected", "waiting", "nothing to do")
+        for state in ("promoted", "rejected", "waiting", "skipped", "nothing to do")
     }  # type: ignore[arg-type]
-    assert codes == {"promoted": 0, "rejected": 3, "waiting": 0, "nothing to do": 0}
+    assert codes == {"promoted": 0, "rejected": 3, "waiting": 0, "skipped": 0, "nothing to do": 0}
+
+
+def test_a_change_that_was_left_for_later_is_left_again_until_something_else_changes(world: World) -> None:
+    world.versions = [version(1, "old", ("champion",))]
+    world.changed = {"preprocess": ["changed dep data/work/validate"]}
+    with commit_dir(world.layout.stage("validate")) as folder:
+        (folder / "rows.parquet").write_bytes(b"1")
+    left = Decision("skip", ["Not trained: 3 rows differ."], 1)
+    outcome = world.conclude(None, decision=left)
+    assert (outcome.state, outcome.champion, outcome.ran) == ("skipped", 1, [])
+    assert outcome.lines == ["Not trained: 3 rows differ.", "Version 1 stays the champion."]
+
+    again = world.plan()
+    assert again.steps == {}
+    assert again.standing is not None
+    assert again.standing.lines[1:] == outcome.lines
+    world.remember("f")
+    assert world.plan().steps == {}  # remembering changed nothing
+
+    before = world.settings
+    world.settings = before.model_copy(update={"retrain": RetrainParams.model_validate({"decide": {"min_rows": 2}})})
+    assert "preprocess" in world.plan().steps
+    world.settings = before
+    with commit_dir(world.layout.stage("validate")) as folder:
+        (folder / "rows.parquet").write_bytes(b"2")
+    assert "preprocess" in world.plan().steps
+    with commit_dir(world.layout.stage("validate")) as folder:
+        (folder / "rows.parquet").write_bytes(b"1")
+    world.changed = {"train": ["changed params"]} | world.changed
+    assert "train" in world.plan().steps
 
 
 def test_a_registered_challenger_that_is_not_champion_waits_for_a_person(world: World) -> None:

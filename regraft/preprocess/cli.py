@@ -56,21 +56,30 @@ def show(
 
 @data.command()
 def diff(
-    before: Annotated[Path, typer.Argument(help="rows.parquet of an older output of `validate`.")],
+    before: Annotated[
+        str, typer.Argument(help="A version (`champion`, 3), an output of `validate`, or its rows.parquet.")
+    ],
     after: Annotated[
-        Path | None, typer.Argument(help="rows.parquet of a newer one; the clone's own where it is left out.")
+        str | None, typer.Argument(help="A newer one likewise; the clone's present rows where it is left out.")
     ] = None,
     root: Root = HERE,
     as_json: Json = False,
 ) -> None:
     """Show what differs between two versions of the accepted rows: new, changed and removed ones, words, slices."""
-    before = before.absolute()
-    newer = None if after is None else after.absolute()
-    if newer is None:
-        newer = clone(root).stage("validate") / "rows.parquet"
+    given = [before] if after is None else [before, after]
+    files = [Path(each).absolute() if Path(each).exists() or "/" in each else None for each in given]
+    if None in files or after is None:
+        layout = clone(root)
+        from regraft import settings
+        from regraft.decision import rows_of
+
+        parameters = settings.load(layout)
+        files = [file or rows_of(layout, parameters, each) for each, file in zip(given, files, strict=True)]
+        files += [layout.stage("validate").absolute()] if after is None else []
     from regraft.preprocess.difference import diff_rows, lines
 
-    found = diff_rows(before, newer)
+    older, newer = (file / "rows.parquet" if file.is_dir() else file for file in files if file is not None)
+    found = diff_rows(older, newer)
     answer(found.model_dump(), lines(found), as_json=as_json)
 
 

@@ -47,6 +47,11 @@ class Difference(BaseModel):
     calls: dict[str, int] = Field(default_factory=dict)
     """By the name of a tool, messages that call it after less those before, where not 0."""
 
+    @property
+    def touched(self) -> int:
+        """Rows that are new, changed or removed."""
+        return self.new + self.changed + self.removed
+
 
 def diff_rows(before: Path, after: Path) -> Difference:
     """Compare two `rows.parquet`.

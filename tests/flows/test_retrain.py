@@ -9,8 +9,9 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from flows.retrain import retrain
+from regraft import decision, settings, steps
 from regraft import retrain as library
-from regraft import settings, steps
+from regraft.decision import Decision
 from regraft.errors import Busy, GateRefused, RegraftError, StageFailed
 from regraft.gates.verdict import Check, Verdict, decide
 from regraft.layout import Layout
@@ -53,6 +54,12 @@ class Steps:
         self.passes = passes
         self.champion: Version | None = None
         self.version = Version("regraft", 7, "", "", "", 0)
+        self.decided = Decision("train")
+        self.heeded: list[Decision] = []
+        monkeypatch.setattr(decision, "decide", lambda layout, parameters: self._ask("decide", self.decided))
+        monkeypatch.setattr(
+            decision, "heed", lambda layout, parameters, found: (self.heeded.append(found), parameters)[1]
+        )
         plan = Plan({name: ["because"] for name in todo}, {}, Outcome(state="nothing to do", lines=["Nothing to do."]))
         monkeypatch.setattr(settings, "load", lambda layout: Parameters(auto=auto))
         for name, replacement in {
@@ -94,9 +101,11 @@ class Steps:
         return self._do("promote", type("Promotion", (), {"version": self.version})())
 
     def _conclude(
-        self, layout: Layout, parameters: Any, *, ran: list[str], verdict: Verdict | None, **_: Any
+        self, layout: Layout, parameters: Any, *, ran: list[str], verdict: Verdict | None, **more: Any
     ) -> Outcome:
         champion = self.champion is not None
+        if more["decision"] is not None and more["decision"].action == "skip":
+            return Outcome(state="skipped", lines=["Left."], ran=ran)
         state: Any = "promoted" if champion else "rejected" if verdict and not verdict.passed else "waiting"
         return Outcome(state=state, lines=["In words."], ran=ran)
 
@@ -134,6 +143,25 @@ def test_a_challenger_waits_where_promotion_is_a_persons(flow: Any) -> None:
 def test_only_the_stages_that_changed_are_run(flow: Any) -> None:
     world, _ = flow(["train", "evaluate", "verdict", "register", "promote", "export"])
     assert world.done == ["train", "evaluate", "verdict", "register", "promote", "export"]
+
+
+def test_a_change_that_is_not_worth_it_ends_before_it_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = Steps(monkeypatch, ALL)
+    world.decided = Decision("skip", ["Not trained."], 1)
+    state: Any = retrain(return_state=True)
+    assert world.done == ["model", "validate"]
+    assert world.heeded == []
+    assert (state.type.value, state.name, state.message) == ("COMPLETED", "Skipped", "Left.")
+
+
+def test_what_training_begins_with_is_settled_between_validation_and_preparation(flow: Any) -> None:
+    world, _ = flow(ALL)
+    assert world.heeded == [world.decided]
+    world, _ = flow(["verdict", "register", "promote", "export"])
+    assert world.heeded == []  # no stage changed: nothing is compared
 
 
 def test_with_nothing_to_do_no_step_is_run(flow: Any) -> None:
