@@ -14,9 +14,10 @@ from regraft.gates.verdict import Check, Verdict, at_least, at_most, decide, no_
 
 CERTIFICATE = "certificate.json"
 SUMS = "SHA256SUMS"
+SIGNATURE = "SHA256SUMS.sig"
 README = "README.md"
 LINEAGE = "lineage.json"
-_UNLISTED = {MANIFEST, SUMS, CERTIFICATE}
+_UNLISTED = {MANIFEST, SUMS, SIGNATURE, CERTIFICATE}
 _REQUIRED = ("config.json", "generation_config.json", README, LINEAGE)
 FEW_BITS = ("nf4", "int8", "gguf-q8_0", "gguf-q4_k_m")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -115,7 +116,7 @@ def verify_export(folder: Path) -> Certificate:
     if certificate.files != {name: entry for name, entry in listed.items() if name not in _UNLISTED}:
         problems.append(f"{CERTIFICATE} lists other files or digests than the folder holds")
     if (folder / SUMS).read_bytes() != sums(
-        {name: entry for name, entry in listed.items() if name not in (SUMS, MANIFEST)}
+        {name: entry for name, entry in listed.items() if name not in (SUMS, SIGNATURE, MANIFEST)}
     ):
         problems.append(f"{SUMS} lists other files or digests than the folder holds")
     if not certificate.verdict.passed or certificate.chosen is None:

@@ -71,18 +71,27 @@ def merge(
 
 @commands.command(rich_help_panel=PANEL)
 def verify(
-    folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")], as_json: Json = False
+    folder: Annotated[Path, typer.Argument(help="An export, or what `regraft merge` made.")],
+    signed_by: Annotated[
+        Path | None, typer.Option("--signed-by", help="A public key in PEM; another's signature, or none, is refused.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Check every byte of an export or a merge, its sums and its certificate; offline, nothing is loaded."""
     from regraft.export.report import Certificate
     from regraft.export.whole import verify_folder
 
     found = verify_folder(folder)
+    if signed_by is not None:
+        from regraft.export.signature import check_signature
+
+        check_signature(folder, signed_by)
     if isinstance(found, Certificate):
         what = f"version {found.identity[:16]}, {len(found.files)} files, verdict passed."
     else:
         what = f"a merge of {', '.join(each.name for each in found.adapters)}, {len(found.files)} files."
-    answer(found.to_dict(), [f"{folder} is whole: {what}"], as_json=as_json)
+    signed = "" if signed_by is None else f" Signed by {signed_by.name}."
+    answer(found.to_dict(), [f"{folder} is whole: {what}{signed}"], as_json=as_json)
 
 
 @commands.command(rich_help_panel=PANEL)

@@ -35,6 +35,7 @@ from regraft.export.merge import Plan, merge, plan_merge, read_config
 from regraft.export.params import ExportParams, Source, split_source
 from regraft.export.publish import point_latest, prune, publish
 from regraft.export.report import Candidate, Certificate, ExportReport, Scores
+from regraft.export.signature import signing_key
 from regraft.export.sources import dequantized, quantized_modules
 from regraft.export.survival import Survival, Survived
 from regraft.export.tensors import Reader
@@ -92,6 +93,7 @@ def export(
     """
     if not re.fullmatch(r"[0-9a-f]{64}", identity):
         raise ParamsError(f"identity: found {identity!r}, expected 64 hexadecimal digits")
+    signing_key()  # an unfit one is said before the work
     needed = {identity[:16], (champion or identity)[:16]}
     with hold(out_root / ".work/lock", "the export"):
         opened, checked = open_base(base), check_adapter(adapter)

@@ -11,6 +11,7 @@ from regraft.artifacts import MANIFEST, commit_dir, digest_file, read_json
 from regraft.errors import DamagedArtifact, RegraftError
 from regraft.export.certificate import CERTIFICATE, SUMS, sums
 from regraft.export.report import Certificate, FileEntry
+from regraft.export.signature import sign, signing_key
 from regraft.failpoints import failpoint
 
 LATEST = "latest"
@@ -62,6 +63,7 @@ def publish(
         certificate = certificate.model_copy(update={"files": files})
         certificate.save(folder / CERTIFICATE)
         (folder / SUMS).write_bytes(sums({**files, CERTIFICATE: _entry(folder / CERTIFICATE)}))
+        sign(folder, signing_key())
         failpoint("export.publish")
     return certificate
 

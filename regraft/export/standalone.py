@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict
 from regraft.artifacts import MANIFEST, commit_dir, digest_file, digest_json, hold, read_json, verify_dir
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError, PinMismatch, RegraftError
 from regraft.export.beside import digests_beside
-from regraft.export.certificate import SUMS, sums
+from regraft.export.certificate import SIGNATURE, SUMS, sums
 from regraft.export.folder import licence_files, write_companions, write_tokenizer
 from regraft.export.lora import CONFIG, WEIGHTS
 from regraft.export.merge import Rounding, merge
 from regraft.export.plan import Plan, plan_merge
 from regraft.export.report import FileEntry
+from regraft.export.signature import sign, signing_key
 from regraft.export.survival import Survival, Survived
 from regraft.export.tensors import catalogue, shards
 from regraft.report import Report
@@ -89,6 +90,7 @@ def merge_adapter(
         RegraftError: the disk is too small.
         Busy: another merge into `out` is running.
     """
+    signer = signing_key()
     plan = plan_merge(base, adapter, dtype, more=more, weight=weight)
     _check_place(out, plan)
     partial = out.absolute().with_name(f".{out.name}.merging")
@@ -130,6 +132,7 @@ def merge_adapter(
             _check_change(plan, record)
             record.save(folder / RECORD)
             (folder / SUMS).write_bytes(sums({**record.files, RECORD: _entry(folder / RECORD)}))
+            sign(folder, signer)
         shutil.rmtree(partial / "shards", ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     return record
@@ -149,9 +152,11 @@ def verify_merge(folder: Path) -> MergeRecord:
         raise MissingInput(f"{folder} is not a merge: it has no {', '.join(missing)}")
     record = MergeRecord.load(folder / RECORD)
     problems = []
-    if record.files != {name: entry for name, entry in listed.items() if name not in (RECORD, SUMS)}:
+    if record.files != {name: entry for name, entry in listed.items() if name not in (RECORD, SUMS, SIGNATURE)}:
         problems.append(f"{RECORD} lists other files or digests than the folder holds")
-    if (folder / SUMS).read_bytes() != sums({name: entry for name, entry in listed.items() if name != SUMS}):
+    if (folder / SUMS).read_bytes() != sums(
+        {name: entry for name, entry in listed.items() if name not in (SUMS, SIGNATURE)}
+    ):
         problems.append(f"{SUMS} lists other files or digests than the folder holds")
     try:
         catalogue(folder)
