@@ -86,3 +86,38 @@ def test_sources_and_calls_of_tools_are_told_and_a_changed_call_is_a_changed_row
     assert "calls of tools: price +2, stock -1" in lines(found)
     same = diff_rows(made("three", ["stock"]), tmp_path / "three/out/rows.parquet")
     assert (same.calls, same.changed, same.same) == ({}, 0, 1)
+
+
+def test_the_command_takes_files_folders_and_versions(
+    write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from regraft import decision, settings
+    from regraft.cli import app
+
+    old = write_rows([row("where is my lamp")], "old")
+    new = write_rows([row("where is my lamp"), row("cancel it")], "new")
+
+    def told(*arguments: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, ["data", "diff", *arguments, "--json"])
+        assert done.exit_code == 0, done.output
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    between_files = told(str(old / "rows.parquet"), str(new))
+    assert (between_files["same"], between_files["new"]) == (1, 1)
+
+    (tmp_path / "clone").mkdir()
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / "clone" / name).write_text("{}")
+    monkeypatch.setattr(settings, "load", lambda layout: None)
+    monkeypatch.setattr(
+        decision, "rows_of", lambda layout, parameters, which: {"champion": old, "3": new}[which] / "rows.parquet"
+    )
+    root = ["--root", str(tmp_path / "clone")]
+    assert told("3", "champion", *root)["removed"] == 1
+    present = tmp_path / "clone/data/work/validate"
+    present.mkdir(parents=True)
+    (present / "rows.parquet").write_bytes((new / "rows.parquet").read_bytes())
+    assert told("champion", *root) == between_files
