@@ -64,7 +64,8 @@ def write_values(file: Path, section: str, values: dict[str, str]) -> None:
     end = re.search(r"^\S", body, flags=re.MULTILINE)
     body, after = (body[: end.start()], body[end.start() :]) if end else (body, "")
     for key, value in values.items():
-        body, changes = re.subn(rf"^(  {key}: )\S+", rf"\g<1>{value}", body, flags=re.MULTILINE)
+        old = rf"^(  {key}:)(?: +[^\s#]\S*)?(?=\s|$)"  # with a value or without, a comment behind it or none
+        body, changes = re.subn(old, rf"\g<1> {value}", body, flags=re.MULTILINE)
         if changes != 1:
             fix = f"add `  {key}: null` to {section}"
             raise ParamsError(f"{PARAMS_FILE}: {section}.{key} has no line of its own", fix=fix)

@@ -73,6 +73,21 @@ def test_a_version_that_may_not_be_loaded_is_no_parent(layout: Layout) -> None:
     assert layout.params.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "line", ["parent:", "parent: ", "parent: # a person's", "parent:   null", "parent: null  # a person's"]
+)
+def test_a_line_with_no_value_gets_one_and_its_comment_stays(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(f"data:\n  parent: x\ntrain:\n  parent_digest: null\n  {line}\n  rank: 4\n")
+    parent.write_values(file, "train", {"parent": "a/b"})
+    data, train = file.read_text().split("train:\n")
+    assert data == "data:\n  parent: x\n"
+    digest, written, rank = train.splitlines()
+    assert (digest, rank) == ("  parent_digest: null", "  rank: 4")
+    assert written.partition("#")[0].split() == ["parent:", "a/b"]
+    assert written.partition("#")[2] == line.partition("#")[2]
+
+
 def test_a_file_without_a_line_for_it_is_left_alone(layout: Layout) -> None:
     lines = [line for line in layout.params.read_text().splitlines() if not line.startswith("  parent: ")]
     layout.params.write_text("\n".join(lines) + "\n")

@@ -95,7 +95,12 @@ def merge_adapter(
     _check_place(out, plan)
     partial = out.absolute().with_name(f".{out.name}.merging")
     with hold(partial / "lock", f"the merge into {out}"):
-        _check_disk(plan, partial)
+        try:
+            _check_disk(plan, partial)
+        except RegraftError:
+            if not (partial / "shards").exists():  # nothing that a next attempt could go on from
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         names = ("config.json", *shards(base))
         seen = {name: [(base / name).stat().st_size, (base / name).stat().st_mtime_ns] for name in names}
         adapters = [

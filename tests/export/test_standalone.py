@@ -127,6 +127,7 @@ def test_a_failed_merge_leaves_the_earlier_one_untouched(
     monkeypatch.setattr(standalone.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(RegraftError, match=r"the merge needs 0\.3 MB .* 0\.0 MB are free"):
         merge_adapter(base, adapter, tmp_path / "out", dtype="fp32")
+    assert not (tmp_path / ".out.merging").exists()
     monkeypatch.undo()
     monkeypatch.setenv("REGRAFT_FAILPOINT", "commit_dir.manifest=ENOSPC")
     with pytest.raises(RegraftError, match="is full"):
