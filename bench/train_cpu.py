@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/train_cpu.py [--json bench/results/train_cpu.json] [--rounds 3] [--dry-run]
 
-Needs `trl` (not a dependency of Regraft: `pip install --no-deps trl==1.16.0`). Same base (the stand-in's shape, in fp32),
+Needs `trl` (the extra `preference`, which `make install` installs). Same base (the stand-in's shape, in fp32),
 same conversations of the shipped data, tokenised once, same adapter (rank 16, all linear layers), AdamW, rate, schedule,
 tokens for each step and number of passes; a seed for each round. TRL's settings are first tried for a few steps each (packed and flattened,
 packed one block at a time, packed with its `wrapped` strategy, padded) and the fastest goes into the comparison; none

@@ -28,8 +28,13 @@ from tasks.verdict import verdict
 TASKS = {"model": model, "validate": validate, "preprocess": preprocess, "train": train, "evaluate": evaluate}
 LOOKING = ("model", "validate")
 """Stages that show what the data has become."""
-NAMES = {"promoted": "Promoted", "rejected": "Rejected", "waiting": "Waiting"}
-NAMES |= {"skipped": "Skipped", "nothing to do": "NothingToDo"}
+NAMES = {
+    "promoted": "Promoted",
+    "rejected": "Rejected",
+    "waiting": "Waiting",
+    "skipped": "Skipped",
+    "nothing to do": "NothingToDo",
+}
 """Names of the final states; all of them are `Completed`, since a gate's no is an answer and not a crash."""
 
 
@@ -71,16 +76,7 @@ def _work(layout: Layout, settings: Settings, todo: list[str], fingerprint: str 
     if rest := [stage for stage in wanted if stage not in LOOKING]:
         decided = decision.decide(layout, settings)
         if decided.action == "skip":
-            return library.conclude(
-                layout,
-                settings,
-                ran=ran,
-                fingerprint=fingerprint,
-                verdict=None,
-                version=None,
-                export=None,
-                decision=decided,
-            )
+            return library.conclude(layout, settings, ran=ran, fingerprint=fingerprint, decision=decided)
         settings = decision.heed(layout, settings, decided)
         ran += _bring_up(rest, layout, settings)
 

@@ -12,8 +12,7 @@ from typing import Any, Literal
 from regraft.errors import MissingInput, RegraftError
 from regraft.layout import Layout
 from regraft.outputs import cache_of, outputs
-from regraft.preprocess.difference import Difference, diff_rows
-from regraft.preprocess.difference import lines as words_of
+from regraft.preprocess.difference import Moved, moved
 from regraft.register.lookup import champion as find_champion
 from regraft.register.lookup import version as find_version
 from regraft.register.version import Version
@@ -22,6 +21,7 @@ from regraft.settings import Settings
 _MAKERS = ("model", "preprocess", "train")
 _PARENT = ("parent", "parent_digest")
 ROWS = "rows.parquet"
+_SHOWN = 12  # values of a slice; `regraft data diff` shows all, and what the texts have that is new
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Decision:
     lines: list[str] = field(default_factory=list)
     """Why, in words; empty where there is nothing to compare with."""
     champion: int | None = None
-    difference: Difference | None = None
+    difference: Moved | None = None
 
 
 def decide(layout: Layout, settings: Settings) -> Decision:
@@ -47,13 +47,15 @@ def decide(layout: Layout, settings: Settings) -> Decision:
         return Decision("train")
     try:
         lineage = _lineage(champion)
-        found = diff_rows(_rows(layout, champion, lineage), layout.stage("validate") / ROWS)
+        found = moved(_rows(layout, champion, lineage), layout.stage("validate") / ROWS)
     except RegraftError as error:
         return Decision("train", [f"The data cannot be compared with the champion's: {error.message}"], champion.number)
     other = changed_parameters(lineage.get("params", {}), settings)
     action, why = judge(found, other, settings)
-    said = [f"Against the data of version {champion.number}: {words_of(found)[0]}; {words_of(found)[1]}."]
-    return Decision(action, [*said, why] if found.touched else [], champion.number, found)
+    said = f"Against the data of version {champion.number}: {found.told}"
+    grown = [f"{name}: " + ", ".join(f"{v} {n:+,}" for v, n in values.items()) for name, values in found.slices.items()]
+    said += "".join(f"; {each}" for each in grown if each.count(",") < _SHOWN) + "."
+    return Decision(action, [said, why] if found.touched else [], champion.number, found)
 
 
 def foreseen(layout: Layout, settings: Settings, todo: Collection[str]) -> list[str]:
@@ -83,7 +85,7 @@ def heed(layout: Layout, settings: Settings, decision: Decision) -> Settings:
     return load(layout)
 
 
-def judge(found: Difference, other: list[str], settings: Settings) -> tuple[Literal["train", "continue", "skip"], str]:
+def judge(found: Moved, other: list[str], settings: Settings) -> tuple[Literal["train", "continue", "skip"], str]:
     """Return the action for a difference, and the reason in a sentence.
 
     Args:
@@ -93,7 +95,7 @@ def judge(found: Difference, other: list[str], settings: Settings) -> tuple[Lite
     """
     limits = settings.retrain.decide
     rows = found.touched
-    share = rows / max(found.rows_before, 1)
+    share = rows / max(found.before, 1)
     told = f"{rows:,} {'row differs' if rows == 1 else 'rows differ'}, {share:.2%} of the champion's"
     if other or not rows:
         return "train", f"Trained: {', '.join(other) or 'the code'} changed since the champion."

@@ -253,9 +253,9 @@ def conclude(
     *,
     ran: list[str],
     fingerprint: str | None,
-    verdict: Verdict | None,
-    version: Version | None,
-    export: Path | None,
+    verdict: Verdict | None = None,
+    version: Version | None = None,
+    export: Path | None = None,
     decision: Decision | None = None,
 ) -> Outcome:
     """Say how a retraining ended, and remember it.

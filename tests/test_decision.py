@@ -86,8 +86,8 @@ def test_by_default_every_change_is_trained_on_and_told(clone: Clone) -> None:
     clone.has(101)
     found = decide(clone.layout, parameters())
     assert (found.action, found.champion) == ("train", 7)
-    assert found.lines[0].startswith(
-        "Against the data of version 7: 100 rows before, 101 after: 100 the same, 1 new, 0 changed, 0 removed; "
+    assert found.lines[0] == (
+        "Against the data of version 7: 100 rows before, 101 after: 100 the same, 1 new, 0 changed, 0 removed."
     )
     assert found.lines[1] == "Trained: 1 row differs, 1.00% of the champion's."
 

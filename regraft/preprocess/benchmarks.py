@@ -15,7 +15,7 @@ from regraft.artifacts import digest_file
 from regraft.errors import DataError, MissingInput, PinMismatch
 from regraft.messages import leaves
 from regraft.preprocess.holdout import plain
-from regraft.preprocess.near import grams
+from regraft.preprocess.near import distinct, grams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,13 +57,13 @@ def read_benchmarks(benchmarks: Mapping[str, str], length: int, root: Path) -> d
             for text in _texts(path):
                 waiting.append(plain(text))
                 if len(waiting) == _BATCH:
-                    runs.append(np.unique(grams(waiting, length)[0]))
+                    runs.append(distinct(grams(waiting, length)[0]))
                     waiting = []
         except (ValueError, KeyError, RecursionError, OSError, csv.Error) as error:
             raise DataError(
                 f"the benchmark {name} cannot be read: {error}", fix="write it as .jsonl, a row a line, in UTF-8"
             ) from error
-        found[name] = np.unique(np.concatenate([*runs, grams(waiting, length)[0]]))
+        found[name] = distinct(np.concatenate([*runs, grams(waiting, length)[0]]))
         if not len(found[name]):
             raise DataError(
                 f"no text of the benchmark {name} has {length} words: nothing could be found by it",

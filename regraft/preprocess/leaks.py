@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from regraft.preprocess.holdout import Fate
 from regraft.preprocess.keys import load_near
-from regraft.preprocess.near import HeldOut
+from regraft.preprocess.near import HeldOut, distinct
 from regraft.preprocess.params import LeakParams
 
 if TYPE_CHECKING:
@@ -89,9 +89,9 @@ def _contaminated(folders: Sequence[Path], fates: "np.ndarray") -> None:
     for folder in folders:
         found = load_near(folder)
         held = fates[at : at + len(found["counts"])] == Fate.HOLDOUT
-        runs.append(np.unique(found["runs"][np.repeat(held, found["counts"])]))
+        runs.append(distinct(found["runs"][np.repeat(held, found["counts"])]))
         at += len(held)
-    known = np.unique(np.concatenate(runs))
+    known = distinct(np.concatenate(runs))
     at = 0
     for folder in folders:
         found = load_near(folder)

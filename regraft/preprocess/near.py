@@ -46,6 +46,18 @@ def sketch(texts: Sequence[str]) -> tuple["np.ndarray", "np.ndarray"]:
     return signatures, bags
 
 
+def distinct(values: "np.ndarray") -> "np.ndarray":
+    """Return the different numbers of an array of one dimension, sorted.
+
+    `numpy.unique` hashes them since 2.3, in a time that grows with the square for what came out of such a table before:
+    a second for 10,000 numbers, a hundred for 100,000.
+    """
+    import numpy as np
+
+    ordered = np.sort(values)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])] if len(ordered) else ordered
+
+
 def grams(texts: Sequence[str], length: int) -> tuple["np.ndarray", "np.ndarray"]:
     """Return hashes of all runs of `length` words, uint64, end to end, and how many each text has."""
     import numpy as np
@@ -68,7 +80,7 @@ class HeldOut:
         import numpy as np
 
         self._signatures = np.unique(signatures, axis=0) if len(signatures) else signatures
-        self._bags = np.unique(bags)
+        self._bags = distinct(bags)
         self._threshold = threshold
         keys = _bands(self._signatures)
         self._orders = [np.argsort(keys[:, band], kind="stable") for band in range(BANDS)]

@@ -4,29 +4,23 @@ They are forked where that is safe (Linux), so that they share what was imported
 is killed, by the system for want of memory say, ends the stage with an error; all end with the process that started them.
 """
 
-import ctypes
-import gc
 import logging
-import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from regraft.chat import open_chat
-from regraft.errors import RegraftError
 from regraft.preprocess.cluster import ADDRESS, ClusterFuture, ClusterPool
 from regraft.preprocess.keys import load_keys, read_keys
 from regraft.preprocess.params import PreprocessParams
 from regraft.preprocess.shard import Preparer
 from regraft.preprocess.shards import Cache, Shard
 from regraft.preprocess.tokenizer import open_tokenizer
+from regraft.processes import FORKED, collect_seldom, context, cores, explained, follow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,7 +111,7 @@ class Workers:
 
         new = [i for i, entry in enumerate(entries) if not self._store.folder(entry).is_dir()]
         if self._is_little(shards, new):  # what is new is made while the bytes of what is kept are verified
-            with ThreadPoolExecutor(_cores()) as threads:
+            with ThreadPoolExecutor(cores()) as threads:
                 kept = threads.submit(self._missing, shards, entries, skip=frozenset(new))
                 self._prepare_here([task(i) for i in new])
                 missing = kept.result()
@@ -150,7 +144,7 @@ class Workers:
     ) -> list[int]:
         """Return which entries are not there whole, of those not to be skipped; hashing leaves the interpreter's lock."""
         some = [i for i, shard in enumerate(shards) if shard.rows and i not in skip]
-        with ThreadPoolExecutor(_cores()) as threads:
+        with ThreadPoolExecutor(cores()) as threads:
             found = list(threads.map(self._store.find, [entries[i] for i in some]))
         return [i for i, folder in zip(some, found, strict=True) if folder is None]
 
@@ -158,13 +152,11 @@ class Workers:
         if address := os.environ.get(ADDRESS, ""):
             self._pool = ClusterPool(address, self._params, self._base)
             return self._pool
-        way = "fork" if sys.platform == "linux" else "spawn"
-        context = multiprocessing.get_context(way)
-        if way == "fork":
+        if FORKED:
             _inherited["tokenizer"] = self.tokenizer
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer looks for it when its process is forked
         self._pool = ProcessPoolExecutor(
-            _cores(), mp_context=context, initializer=_begin, initargs=(self._params, self._base, os.getpid())
+            cores(), mp_context=context(), initializer=_begin, initargs=(self._params, self._base, os.getpid())
         )
         return self._pool
 
@@ -176,38 +168,21 @@ class Workers:
         _inherited.clear()
 
     def _gather(self, futures: "Sequence[Future[None] | ClusterFuture]", what: str) -> None:
-        try:
+        with explained("prepared rows"):
             for done, future in enumerate(futures, 1):
                 future.result()
                 log.debug("preprocess: %d of %d shards %s", done, len(futures), what)
-        except BrokenProcessPool as error:
-            raise RegraftError(
-                "a process that prepared rows was killed, probably for want of memory",
-                fix="free some memory, or set REGRAFT_WORKERS to fewer processes, and run the same command again",
-            ) from error
-
-
-def _cores() -> int:
-    """Return how many processes to start: the cores that this one may use, or what REGRAFT_WORKERS says."""
-    given = os.environ.get("REGRAFT_WORKERS", "")
-    if given.isdigit() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin(params: PreprocessParams, base: "Base", parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on
-    if os.getppid() != parent:
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is told, and ends them
+    follow(parent)
     become_worker(params, base, _inherited.get("tokenizer"))
 
 
 def become_worker(params: PreprocessParams, base: "Base", tokenizer: Any = None) -> None:
     """Let this process, of a pool or of a cluster, be one that prepares shards with these parameters."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process
-    gc.set_threshold(200_000, 50, 100)  # rows hold no cycles to look for
+    collect_seldom()
     _inherited.clear()
     _inherited.update(params=params, base=base, tokenizer=tokenizer)
 

@@ -74,7 +74,7 @@ class _Twice(dict[str, Any]):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object whose names are different; which of two values is meant, nobody can say (RFC 8259, section 4)."""
+    """Make an object whose names are different."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise _TwiceError

@@ -4,20 +4,15 @@ Batches are given out and taken back in the order of the files, a few at a time:
 output is the same however many processes there are. One that is killed ends the stage with an error; all end with it.
 """
 
-import ctypes
-import gc
-import multiprocessing
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Self
 
-from regraft.errors import RegraftError
+from regraft.processes import context, cores, explained, follow
 from regraft.validate.look import Looked, Looker
 from regraft.validate.raw import RawRow
 from regraft.validate.source import DataFile
@@ -44,12 +39,8 @@ class Lookers:
 
     def __enter__(self) -> Self:
         if self._processes > 1:
-            way = "fork" if sys.platform == "linux" else "spawn"
             self._pool = ProcessPoolExecutor(
-                self._processes,
-                mp_context=multiprocessing.get_context(way),
-                initializer=_begin,
-                initargs=(self.looker, os.getpid()),
+                self._processes, mp_context=context(), initializer=_begin, initargs=(self.looker, os.getpid())
             )
         return self
 
@@ -70,7 +61,7 @@ class Lookers:
                 yield batch, self.looker.look(name, batch)
             return
         waiting: deque[tuple[list[RawRow], Future[Looked]]] = deque()
-        try:
+        with explained("looked at rows"):
             for batch in batches:
                 waiting.append((batch, self._pool.submit(_look, name, batch)))
                 if len(waiting) > _AHEAD * self._processes:
@@ -79,29 +70,11 @@ class Lookers:
             while waiting:
                 first, future = waiting.popleft()
                 yield first, future.result()
-        except BrokenProcessPool as error:
-            raise RegraftError(
-                "a process that looked at rows was killed, probably for want of memory",
-                fix="free some memory, or set REGRAFT_WORKERS to fewer processes, and run the same command again",
-            ) from error
-
-
-def cores() -> int:
-    """Return how many processes to start: the cores that this one may use, or what REGRAFT_WORKERS says."""
-    given = os.environ.get("REGRAFT_WORKERS", "")
-    if given.isdigit() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin(looker: Looker, parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on
-    if os.getppid() != parent:
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is told, and ends them
+    follow(parent)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.set_threshold(200_000, 50, 100)  # rows hold no cycles to look for
     _inherited["looker"] = looker
 
 

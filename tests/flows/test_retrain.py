@@ -101,7 +101,7 @@ class Steps:
         return self._do("promote", type("Promotion", (), {"version": self.version})())
 
     def _conclude(
-        self, layout: Layout, parameters: Any, *, ran: list[str], verdict: Verdict | None, **more: Any
+        self, layout: Layout, parameters: Any, *, ran: list[str], verdict: Verdict | None = None, **more: Any
     ) -> Outcome:
         champion = self.champion is not None
         if more["decision"] is not None and more["decision"].action == "skip":

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,38 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paraphrases import paraphrased, reordered
 
 from regraft.preprocess.holdout import plain
 from regraft.preprocess.near import HeldOut, grams, sketch
 from regraft.preprocess.params import HoldoutParams, LeakParams, PreprocessParams
 from regraft.preprocess.preprocess import preprocess
 
-FRAMES = [
-    "{}",
-    "Please help me with this: {}",
-    "{} Show how you get there.",
-    "Hello! I have homework. {} Thanks a lot.",
-    "Question from class: {}",
-]
-SYNONYMS = {"how many": "what number of", "total": "sum", "each": "every", "does": "will", "much": "much money"}
-
 
 @pytest.fixture(scope="module")
 def questions(shared: Path) -> list[str]:
     lines = (shared / "data/gsm8k/train.jsonl").read_text().splitlines()[:2000]
     return [json.loads(line)["question"] for line in lines]
-
-
-def paraphrased(text: str, dice: random.Random) -> str:
-    for word in dice.sample(sorted(SYNONYMS), 2):
-        text = text.replace(word, SYNONYMS[word])
-    return dice.choice(FRAMES).format(text)
-
-
-def reordered(text: str, dice: random.Random) -> str:
-    sentences = re.split(r"(?<=[.?!])\s+", text)
-    dice.shuffle(sentences)
-    return " ".join(sentences)
 
 
 def near(held: list[str], rows: list[str], threshold: float = 0.6) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from paraphrases import paraphrased, reordered
 
 from regraft.gates.drift import judge_drift
 from regraft.gates.params import DriftGate
@@ -22,26 +22,6 @@ from regraft.validate.params import DataParams, ValidateParams
 from regraft.validate.validate import validate
 
 HELD, OTHERS = 300, 700
-FRAMES = (
-    "Please help me with this: {}",
-    "{} Show how you get there.",
-    "Hello! I have homework. {} Thanks a lot.",
-    "Question from class: {}",
-    "My brother asked me: {}",
-)
-SYNONYMS = {"how many": "what number of", "total": "sum", "each": "every", "does": "will", "buys": "purchases"}
-
-
-def paraphrased(text: str, dice: random.Random) -> str:
-    for word in dice.sample(sorted(SYNONYMS), 2):
-        text = text.replace(word, SYNONYMS[word])
-    return dice.choice(FRAMES).format(text)
-
-
-def reordered(text: str, dice: random.Random) -> str:
-    sentences = re.split(r"(?<=[.?!])\s+", text)
-    dice.shuffle(sentences)
-    return " ".join(sentences)
 
 
 def spaced(text: str, dice: random.Random) -> str:
