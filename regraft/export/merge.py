@@ -69,9 +69,9 @@ def merge(
     wanted = digest_json([key, rounding, survival is not None, [asdict(step) for step in plan.steps]])
     done = _begin(partial, wanted) if partial else {}
     digests = {}
-    space = Workspace()
     with ExitStack() as stack:
         stack.enter_context(_one_thread())
+        space = Workspace()
         readers = [stack.enter_context(Reader(adapter.weights)) for adapter in plan.adapters]
         for file in files:
             steps = {step.target.name: step for step in plan.steps if step.file == file}
@@ -245,6 +245,9 @@ class _Factors:
         experts = term.experts
         self._a = a.reshape(experts, -1, a.shape[-1])  # experts x rank x in
         self._b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)  # experts x out x rank
+        self._scaling = term.scaling
+        if (scaled := self._b * term.scaling).div(term.scaling).equal(self._b) and math.frexp(term.scaling)[0] == 0.5:
+            self._b, self._scaling = scaled, 1.0  # a power of two: the product has the same bits whenever it is scaled
         if term.part is not None:
             self._b = self._b[:, term.part[0] : term.part[1]]
         if experts > 1:
@@ -266,10 +269,13 @@ class _Factors:
         if self.term.transposed:
             delta = space.take("delta", torch.float32, width, rows)
             torch.mm(b, a[:, first:last], out=delta)
-            return delta.mul_(self.term.scaling).t()
+            return self._scaled(delta).t()
         delta = space.take("delta", torch.float32, rows, width)
         torch.mm(b[first:last], a, out=delta)
-        return delta.mul_(self.term.scaling)
+        return self._scaled(delta)
+
+    def _scaled(self, delta: "torch.Tensor") -> "torch.Tensor":
+        return delta if self._scaling == 1.0 else delta.mul_(self._scaling)
 
     def scale(self, total: "torch.Tensor", first: int, norms: "torch.Tensor | None") -> None:
         """DoRA: give each output's weights the length that was learnt (https://arxiv.org/abs/2402.09353)."""

@@ -4,13 +4,9 @@ Headers are read and checked by `regraft.model.header`; the format is
 https://huggingface.co/docs/safetensors/index#format.
 """
 
-import ctypes
-import hashlib
 import json
 import math
 import os
-import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from regraft.artifacts import read_json
 from regraft.errors import DamagedArtifact, MissingInput
+from regraft.export.sink import LAG, Sink
 from regraft.model.header import BYTES, Tensor, read_header
 
 if TYPE_CHECKING:
@@ -27,9 +24,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK = 2**19  # elements: 2 MB in float32, so that a core's cache holds them from one operation to the next
-_FLUSH = 64 * 2**20  # bytes
-RING = 10
-"""Buffers that are used in turn: one is written, one is being filled, the rest wait: the writer is not always awake."""
+RING = LAG + 1
+"""Buffers that are used in turn: one is being filled, the others may still be read by the writer."""
 FLOATS = ("F32", "F16", "BF16")
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 _TORCH |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -162,17 +158,9 @@ class Writer:
             position = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._expected = 8 + len(text) + position
-        self._file = path.open("xb", buffering=0)
-        self._digest = hashlib.sha256()
-        self._errors: list[OSError] = []
-        waiting = (RING - 3) // 2  # beside what is filled, digested and written
-        self._to_digest: queue.Queue[memoryview | None] = queue.Queue(waiting)
-        self._to_write: queue.Queue[memoryview | None] = queue.Queue(waiting)
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._digest_all, self._write_all)]
-        for thread in self._threads:
-            thread.start()
-        self._to_digest.put(memoryview(len(text).to_bytes(8, "little") + text))
+        self._path, self._expected = path, 8 + len(text) + position
+        self._sink = Sink(path)
+        self._sink.put(memoryview(len(text).to_bytes(8, "little") + text))
 
     def __enter__(self) -> Self:
         return self
@@ -180,66 +168,25 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._to_digest.put(None)
-        for thread in self._threads:
-            thread.join()
-        written = self._file.tell()
-        self._file.close()
-        if kind is not None:
-            return
-        if self._errors:
-            raise self._errors[0]
-        if written != self._expected:
-            raise RuntimeError(f"{self._file.name} has {written} bytes, its header says {self._expected}: a bug")
+        self._sink.__exit__(kind, error, trace)
+        if kind is None and self._sink.size != self._expected:
+            raise RuntimeError(f"{self._path} has {self._sink.size} bytes, its header says {self._expected}: a bug")
 
     @property
     def sha256(self) -> str:
         """Digest of what was written, once the block has ended."""
-        return self._digest.hexdigest()
+        return self._sink.sha256
 
     def block(self, block: "torch.Tensor") -> None:
-        """Append the bytes of a contiguous CPU tensor; they must stay until `RING - 1` more were appended."""
+        """Append the bytes of a contiguous CPU tensor; they must stay until `RING` more were appended.
+
+        Raises:
+            OSError: an earlier block could not be written.
+        """
         import torch
 
-        if self._errors:
-            raise self._errors[0]
         if block.numel():
-            self._to_digest.put(block.reshape(-1).view(torch.uint8).numpy().data)
-
-    def _digest_all(self) -> None:
-        """Digest beside the computation and the writing: none of them holds Python's lock for long."""
-        while (view := self._to_digest.get()) is not None:
-            self._digest.update(view)
-            self._to_write.put(view)
-        self._to_write.put(None)
-
-    def _write_all(self) -> None:
-        """Write and flush."""
-        unflushed = 0
-        while (view := self._to_write.get()) is not None:
-            if self._errors:
-                continue  # the computing side sees the error at its next block
-            try:
-                while view:
-                    count = self._file.write(view)
-                    view, unflushed = view[count:], unflushed + count
-                if unflushed >= _FLUSH:
-                    _start_flushing(self._file.fileno())
-                    unflushed = 0
-            except OSError as error:
-                self._errors.append(error)
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._errors.append(error)
-
-
-def _start_flushing(descriptor: int) -> None:
-    """Let the kernel begin to write what is dirty, so that the final fsync has little left to wait for (Linux only)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "sync_file_range"):
-        begin_write = 2
-        libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(begin_write))
+            self._sink.put(block.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def aligned(plan: list[Planned]) -> list[Planned]:

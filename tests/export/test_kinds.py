@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import small
 
-from regraft.export import tensors as written
+from regraft.export import sink
 from regraft.export.folder import write_companions
 from regraft.export.merge import Rounding, merge, plan_merge
 
@@ -94,7 +94,7 @@ def test_a_slow_disk_does_not_let_one_tensor_overwrite_another(tmp_path: Path, m
     base = small.make_model("qwen2", tmp_path / "base")
     adapter = small.make_adapter(base, tmp_path / "adapter", **lora_for("qwen2", bias="all"))
     expected = small.tensors(small.save_peft_merged(base, adapter, tmp_path / "peft"))
-    monkeypatch.setattr(written.hashlib, "sha256", Slow)
+    monkeypatch.setattr(sink.hashlib, "sha256", Slow)
 
     assert differences(in_files(base, adapter, tmp_path / "out"), expected) == []
 
