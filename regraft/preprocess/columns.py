@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _COMPARED = 256  # one conversation of so many takes both ways
 _RETOKENISED = 64  # one of so many is tokenised again, by the tokenizer as it is
+_TOKENISED = 128  # texts at once: what the tokenizer says of more does not stay in a core's cache
 
 
 @dataclass
@@ -167,9 +168,7 @@ class Encoder:
         import numpy as np
 
         written = [skeleton.text(each) for each in words]
-        encodings = self._chat.sealed.rust.encode_batch_fast(written, add_special_tokens=False)
-        lengths = np.fromiter(map(len, encodings), np.int64, len(written))
-        ids = np.fromiter(chain.from_iterable(each.ids for each in encodings), np.int32, int(lengths.sum()))
+        lengths, ids = _tokenised(self._chat.sealed.rust, written)
         ends = np.cumsum(lengths)
         starts = ends - lengths
         firsts, lasts, right = self._spans(skeleton, ids, starts, lengths, written, words)
@@ -293,6 +292,19 @@ class Encoder:
         plain = audit.retokenised([self._chat.sealed.unseal(written[i]) for i in again])
         same = sum(one == ids[starts[i] : ends[i]].tolist() for i, one in zip(again, plain, strict=True))
         audit.add_agreement(len(again), same)
+
+
+def _tokenised(rust: Any, written: Sequence[str]) -> tuple["np.ndarray", "np.ndarray"]:
+    """Return the number of tokens of each text (int64), and all tokens one after the other (int32)."""
+    import numpy as np
+
+    lengths, ids = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    for first in range(0, len(written), _TOKENISED):
+        encodings = rust.encode_batch_fast(written[first : first + _TOKENISED], add_special_tokens=False)
+        some = [each.ids for each in encodings]
+        lengths.append(np.fromiter(map(len, some), np.int64, len(some)))
+        ids.append(np.fromiter(chain.from_iterable(some), np.int32, int(lengths[-1].sum())))
+    return np.concatenate(lengths), np.concatenate(ids)
 
 
 @lru_cache(maxsize=2)
