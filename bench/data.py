@@ -12,6 +12,8 @@ is a byte-level BPE trained on them. Measured in one run, each in a process of i
     trl         `SFTTrainer` with `packing=True`, `assistant_only_loss=True` and `dataset_num_proc=2` on the same rows
     llamafactory  LLaMA-Factory's preparation (`bench/llama_factory.py`: ChatML, `neat_packing`, two processes), with --llamafactory
     more        ours again with 1 % more rows and the cache of the first run; and without, to compare every byte
+    near        with --near: rows recombined sentence by sentence from GSM8K's, with planted copies of known distance, prepared
+                with `near_duplicates: 0.8` and without: time, and which copies were found
     large       with --large: ours on a tenth of so many rows and on all of them, for memory, and each with 1 % more
     validate    `regraft.validate` with its whole default contract, on clean rows and with every twentieth broken
 
@@ -31,6 +33,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
+import re
 import resource
 import shutil
 import statistics
@@ -39,6 +43,7 @@ import tempfile
 import threading
 import time
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +59,7 @@ TEMPLATE = (  # ChatML, with the marks by which TRL finds what the assistant say
 PATTERN = (  # Llama 3's
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+NEAR = 0.8  # what `near_duplicates` is set to where it is measured
 _BATCH = 128  # texts in a call of the floor
 PARAMS = {"max_length": 512, "holdout": {"share": 0.01}}
 
@@ -67,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000, help="rows to prepare")
     parser.add_argument("--trl", type=Path, help="a folder in which trl is installed; without, it is not measured")
     parser.add_argument("--llamafactory", type=Path, help="a python that has llamafactory; without, it is not measured")
+    parser.add_argument("--near", type=int, default=0, help="rows to search for near duplicates; 0: none")
     parser.add_argument(
         "--large", type=int, default=0, help="also prepare so many rows, and a tenth, for memory and increments"
     )
@@ -135,6 +142,8 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     same = (scratch / "added/manifest.json").read_bytes() == (scratch / "anew/manifest.json").read_bytes()
     figures |= {"more_cpu_s": added["cpu_s"], "more_anew_cpu_s": anew["cpu_s"]}
     figures |= {"more_s": added["seconds"], "more_anew_s": anew["seconds"], "more_same_bytes": same}
+    if arguments.near:
+        figures["near"] = measure_near(scratch, base, arguments.near, arguments.repeat)
     if arguments.large:
         figures |= measure_large(scratch, base, arguments.large)
     if arguments.validate:
@@ -153,6 +162,46 @@ def measure_llama_factory(scratch: Path, rows: Path, python: Path) -> dict[str, 
             file.write(json.dumps({"messages": messages}) + "\n")
     script = ROOT / "bench/llama_factory.py"
     return run(script.stem, scratch / "weights", folder / "rows.jsonl", folder / "out", command=[python, script])
+
+
+def measure_near(scratch: Path, base: Path, number: int, repeat: int) -> dict[str, Any]:
+    """Prepare recombined rows with and without a search for near duplicates, and count which planted copies it found."""
+    import pyarrow.parquet as pq
+
+    rows, planted = make_recombined(scratch / "recombined", number)
+    seen: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
+    for turn in range(repeat):
+        for name, threshold in (("without", ""), ("with", str(NEAR))):
+            out, cache = scratch / f"{name}-{turn}", scratch / f"cache-{name}-{turn}"
+            seen[name].append(run("prepare", base, rows, out, cache, threshold))
+            shutil.rmtree(cache)
+    ids = pq.read_table(rows / "rows.parquet", columns=["row_id"])["row_id"].to_pylist()
+    place = {row_id: i for i, row_id in enumerate(ids)}
+    trained = {
+        name: {
+            place[row_id]
+            for path in (scratch / f"{name}-0").glob("train_rows-*.parquet")
+            for row_id in pq.read_table(path, columns=["row_id"])["row_id"].to_pylist()
+        }
+        for name in seen
+    }
+    gone = trained["without"] - trained["with"]
+    bins: dict[str, list[int]] = {}
+    for one, other, index in planted:
+        if one in trained["without"] and other in trained["without"]:
+            low = min(int(index * 20) / 20, 0.95)
+            bins.setdefault(f"{low:.2f} to {low + 0.05:.2f}", []).append(int(one in gone or other in gone))
+    members = {i for one, other, _ in planted for i in (one, other)}
+    return {
+        "rows": number,
+        "without_s": statistics.median(each["seconds"] for each in seen["without"]),
+        "with_s": statistics.median(each["seconds"] for each in seen["with"]),
+        "without_mb": max(each["peak_mb"] for each in seen["without"]),
+        "with_mb": max(each["peak_mb"] for each in seen["with"]),
+        "threshold": NEAR,
+        "found_by_index": {name: f"{sum(hits)} of {len(hits)}" for name, hits in sorted(bins.items())},
+        "others_left_out": len(gone - members),
+    }
 
 
 def measure_large(scratch: Path, base: Path, number: int) -> dict[str, Any]:
@@ -203,6 +252,10 @@ def judge(figures: dict[str, Any]) -> tuple[dict[str, float], list[dict[str, Any
         goals.append(goal("TRL's time over ours", "at least", 2.5, ratios["trl_over_ours"]))
     if "llamafactory_s" in figures:
         ratios["llamafactory_over_ours"] = figures["llamafactory_s"] / figures["ours_s"]
+    if found := figures.get("near"):
+        ratios["near_over_without"] = found["with_s"] / found["without_s"]
+        goals.append(goal("time with near duplicates over that without", "at most", 1.6, ratios["near_over_without"]))
+        goals.append(goal("rows left out that are no copies", "at most", 0, found["others_left_out"]))
     if "large" in figures:
         ratios["memory"] = figures["large"]["peak_mb"] / figures["tenth"]["peak_mb"]
         ratios["large_more_over_full"] = figures["large"]["more_seconds"] / figures["large"]["seconds"]
@@ -366,6 +419,52 @@ def talk(i: int, pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{i}. {question}"}, {"role": "assistant", "content": answer}]
 
 
+def make_recombined(folder: Path, number: int) -> tuple[Path, list[tuple[int, int, float]]]:
+    """Write rows whose sentences come from different rows of GSM8K; every fiftieth is a copy of another with some words changed.
+
+    Returns:
+        The folder, and of each copy: the row that it copies, itself, and the Jaccard index of their word pairs.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from regraft.artifacts import canonical_json
+    from regraft.validate.quarantine import ROWS
+
+    dice = random.Random(0)
+    asked = [each for question, _ in questions() for each in re.split(r"(?<=[.?!])\s+", question)]
+    said = [each for _, answer in questions() for each in answer.split("\n") if not each.startswith("#")]
+    texts, planted = [], []
+    for i in range(number):
+        if i % 50 == 49:
+            source = dice.randrange(i)
+            changed = [each.split() for each in texts[source]]
+            for _ in range(dice.randint(1, 12)):
+                part = dice.choice(changed)
+                part[dice.randrange(len(part))] = f"w{dice.randrange(10**6)}"
+            texts.append((" ".join(changed[0]), " ".join(changed[1])))
+            planted.append((source, i, jaccard(" ".join(texts[source]), " ".join(texts[i]))))
+        else:
+            texts.append((" ".join(dice.choices(asked, k=4)), " ".join(dice.choices(said, k=4))))
+    folder.mkdir()
+    with pq.ParquetWriter(folder / "rows.parquet", ROWS, compression="zstd") as writer:
+        for first in range(0, number, 10_000):
+            rows = []
+            for i, (question, answer) in enumerate(texts[first : first + 10_000], first + 1):
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                content = canonical_json({"messages": messages, "slices": {}})
+                row_id = hashlib.sha256(content).hexdigest()[:32]
+                rows.append({"row_id": row_id, "source": "a", "line": i, "messages": messages, "slices": []})
+            writer.write_table(pa.Table.from_pylist(rows, ROWS), row_group_size=10_000)
+    return folder, planted
+
+
+def jaccard(one: str, other: str) -> float:
+    """The index of two texts' word pairs, exactly; words as `preprocess.near_duplicates` has them."""
+    pairs = [set(pairwise(re.findall(r"\w+", text.casefold()))) for text in (one, other)]
+    return len(pairs[0] & pairs[1]) / len(pairs[0] | pairs[1])
+
+
 def make_raw(path: Path, number: int, broken: int) -> int:
     """Write rows as JSONL, every `broken`-th of them with something that the contract refuses; return the bytes."""
     pairs = questions()
@@ -398,15 +497,15 @@ def part_floor(base: str, rows: str, batch: str) -> None:
     print("own", time.monotonic() - began, time.process_time() - used)
 
 
-def part_prepare(base: str, rows: str, out: str, cache: str) -> None:
-    """Ours."""
+def part_prepare(base: str, rows: str, out: str, cache: str, near: str = "") -> None:
+    """Ours; with an index from which rows are near duplicates, if it is given."""
     import logging
 
     from regraft.preprocess.params import PreprocessParams
     from regraft.preprocess.preprocess import preprocess
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    params = PreprocessParams.model_validate(PARAMS)
+    params = PreprocessParams.model_validate(PARAMS | {"near_duplicates": float(near) if near else None})
     preprocess(params, base=Path(base), rows=Path(rows), out=Path(out), cache=Path(cache))
 
 

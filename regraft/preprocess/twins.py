@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from regraft.failpoints import failpoint
 from regraft.preprocess.holdout import Fate
 from regraft.preprocess.keys import load_near
-from regraft.preprocess.near import BANDS, HASHES, band
+from regraft.preprocess.near import BANDS, HASHES, band, distinct
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ def drop_twins(
         found = np.empty(0, np.uint64)
         for number in range(BANDS):
             near = [_near(signatures, *pair, threshold) for pair in _pairs(signatures, number)]
-            found = np.unique(np.concatenate([found, *near]))
+            found = distinct(np.concatenate([found, *near]))
     gone = np.zeros(len(train), bool)
     for later, earlier in zip((found >> np.uint64(32)).tolist(), (found & np.uint64(0xFFFFFFFF)).tolist(), strict=True):
         if not gone[earlier]:  # in order of rank: what becomes of the earlier one is settled
