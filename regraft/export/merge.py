@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from regraft.artifacts import digest_bytes, digest_file, digest_json, pretty_json, read_json, write_json
 from regraft.errors import DamagedArtifact, RegraftError
+from regraft.export.ahead import AheadReader
 from regraft.export.base import read_config
 from regraft.export.plan import Plan, Step, Term, plan_merge
 from regraft.export.survival import Survival
@@ -85,11 +86,10 @@ def merge(
                 made.unlink(missing_ok=True)
                 known = len(survival.layers) if survival is not None else 0
                 ordered = aligned([step.target for step in steps.values()])
-                with Reader(plan.base / file) as reader, Writer(made, ordered) as writer:
+                sources = [steps[target.name].source for target in ordered if steps[target.name].copy is None]
+                with AheadReader(plan.base / file, sources) as reader, Writer(made, ordered) as writer:
                     for target in ordered:
                         step = steps[target.name]
-                        if survival is not None:
-                            survival.begin(step)
                         for block in _merged(step, reader, readers, weights, rounding, space, survival):
                             writer.block(block)
                 digests[file] = writer.sha256
@@ -169,6 +169,8 @@ def _merged(
     per_matrix = grid(step.target.shape)[1]
     noise = _noise(step.target.name) if rounding == "stochastic" and dtype == torch.bfloat16 else None
     alone = len(factors) == 1 and factors[0].magnitude is None and not step.biases and step.rows is None
+    if survival is not None:
+        survival.begin(step, factors[0].squares() if alone else None)
     for first, block in _source(step, reader, adapters, weights):
         if not step.terms and not step.biases and step.rows is None:
             yield space.turn("rounded", dtype, *block.shape).copy_(
@@ -273,6 +275,15 @@ class _Factors:
         delta = space.take("delta", torch.float32, rows, width)
         torch.mm(b[first:last], a, out=delta)
         return self._scaled(delta)
+
+    def squares(self) -> float:
+        """The sum of squares of the whole change, from products of rank x rank: ‖B A‖² is the sum of BᵀB times AAᵀ."""
+        experts = range(len(self._a)) if self.term.expert is None else (self.term.expert,)
+        total = 0.0
+        for expert in experts:
+            a, b = self._a[expert].double(), self._b[expert].double()
+            total += float(((b.t() @ b) * (a @ a.t())).sum())
+        return total * self._scaling**2
 
     def _scaled(self, delta: "torch.Tensor") -> "torch.Tensor":
         return delta if self._scaling == 1.0 else delta.mul_(self._scaling)

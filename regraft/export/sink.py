@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-LAG = 4
+LAG = 8
 """Pieces that may still be read after they were handed over: that many more make the first of them free."""
 _CHUNK = 4 * 2**20  # bytes of one write
 _CHUNKS = 4  # one is filled and digested, one is written, the others wait

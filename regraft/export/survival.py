@@ -39,17 +39,19 @@ class Survival:
         self._known: list[Survived] = []
         self._names: list[str] = []
         self._sums: list[list[float]] = []
+        self._size: float | None = None
 
     def resume(self, layers: Iterable[object]) -> None:
         """Take in what an earlier attempt measured."""
         self._known = [*self.layers, *(Survived.model_validate(layer) for layer in layers)]
         self._names, self._sums = [], []
 
-    def begin(self, step: "Step") -> None:
-        """Name the tensor that the next blocks belong to."""
+    def begin(self, step: "Step", squares: float | None = None) -> None:
+        """Name the tensor that the next blocks belong to, with the sum of squares of the intended change where it is known."""
+        self._size = squares
         if step.terms:
             self._names.append(step.target.name)
-            self._sums.append([0.0, 0.0, 0.0, 0.0])
+            self._sums.append([0.0, 0.0, squares or 0.0, 0.0])
 
     def compare(self, intended: "torch.Tensor", effective: "torch.Tensor", weight: "torch.Tensor") -> bool:
         """Take in a change as it was meant, as it is, and the weight that it changes; all in float32.
@@ -58,9 +60,10 @@ class Survival:
             Whether every value of all three is known to be finite (a sum can overflow where they are).
         """
         sums = self._sums[-1]
-        for place, (one, other) in enumerate(
-            ((effective, intended), (effective, effective), (intended, intended), (weight, weight))
-        ):
+        pairs = {0: (effective, intended), 1: (effective, effective), 3: (weight, weight)}
+        if self._size is None:
+            pairs[2] = (intended, intended)
+        for place, (one, other) in pairs.items():
             sums[place] += _dot(one, other)
         return all(map(math.isfinite, sums))
 

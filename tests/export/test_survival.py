@@ -54,6 +54,24 @@ def test_the_change_that_survives_a_merge_is_measured_as_in_float64(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_the_size_of_a_change_of_fused_experts_is_that_of_all_of_them(tmp_path: Path, architecture: str) -> None:
+    base = small.make_model(architecture, tmp_path / "base", dtype="float32")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = small.make_adapter(base, tmp_path / "adapter", target_modules=[], target_parameters=experts)
+    exact = small.tensors(tmp_path / "base")
+    survival = Survival()
+    (tmp_path / "out").mkdir()
+
+    merge(plan_merge(base, adapter, "own"), tmp_path / "out", survival=survival)
+
+    stored = small.tensors(tmp_path / "out")
+    assert survival.layers
+    for layer in survival.layers:
+        change = stored[layer.name].double() - exact[layer.name].double()
+        assert layer.size == pytest.approx(float(change.norm()), rel=1e-5)
+
+
 def test_digests_taken_beside_are_those_of_the_files(tmp_path: Path) -> None:
     for name, content in (("a file", b"a"), ("empty", b""), ("long", b"0123456789" * 100_000)):
         (tmp_path / name).write_bytes(content)
