@@ -8,6 +8,7 @@ import typer
 
 from regraft.command import Json, Remembering, answer, listen
 from regraft.errors import ParamsError
+from regraft.export.params import Server
 
 commands = typer.Typer()
 PANEL = "Any adapter, any export"
@@ -125,6 +126,9 @@ def serve(
         bool, typer.Option("--check", help="Start the server, ask it, compare its answers, stop it.")
     ] = False,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to ask; may be repeated.")] = None,
+    server: Annotated[
+        Server, typer.Option("--server", help="Whose server; llama.cpp's gets the form gguf-f16.")
+    ] = Server.TRANSFORMERS,
     as_json: Json = False,
 ) -> None:
     """Ask a served export over OpenAI's protocol, and compare with what its files answer here."""
@@ -133,7 +137,7 @@ def serve(
         raise ParamsError("regraft serves nothing itself", fix=f"transformers serve {folder}, or add --check")
     from regraft.export.serving import serve_check
 
-    served = serve_check(folder, prompt or ["Hello"])
+    served = serve_check(folder, prompt or ["Hello"], server)
     lines = [f"{each.prompt!r}: {each.answer!r} ({each.finish_reason}, {each.milliseconds} ms)" for each in served]
     answer([each.model_dump() for each in served], lines, as_json=as_json)
 

@@ -1,5 +1,6 @@
 """Parameters of the export."""
 
+from enum import StrEnum
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -18,6 +19,14 @@ Source = Literal[
 ]
 Form = Literal["adapter", "nf4", "int8", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
 Dtype = Literal["own", "bf16", "fp16", "fp32"]
+
+
+class Server(StrEnum):
+    """Whose server `regraft serve --check` asks."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+    LLAMA_CPP = "llama.cpp"
 
 
 class ExportParams(Section):

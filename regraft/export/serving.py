@@ -1,7 +1,8 @@
 """The smoke test of an export as it will be served: OpenAI's protocol, the template and the stop tokens as trained.
 
-`transformers serve` is started on the folder, in a process of its own on the loopback interface, asked over HTTP, and
-its answers are compared with those that the same files give when they are rendered and decoded here.
+A server (transformers' own, vLLM's, or llama.cpp's on the file in GGUF) is started in a process of its own on the loopback
+interface, asked over HTTP, and its answers are compared with those that the merged weights give when they are rendered and
+decoded here. vLLM's command line is as its documentation has it; it was not tried (it wants a GPU).
 """
 
 import json
@@ -14,8 +15,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,52 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from regraft.errors import GateRefused, MissingInput, ServiceUnavailable
+from regraft.export.gguf import MODEL
+from regraft.export.params import Server
 
 log = logging.getLogger("regraft")
-_NEEDED = ("fastapi", "uvicorn", "openai")  # transformers.utils.is_serve_available
 _PATIENCE = 120  # seconds for the server to load the model and to answer once
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a server is started: what it needs, where it says that it is ready, and its command for a folder."""
+
+    needed: tuple[str, ...]
+    packages: str
+    ready: str
+    command: Callable[[Path], list[str]]
+
+
+def _gguf(folder: Path) -> list[str]:
+    file = folder / "gguf-f16" / MODEL
+    if not file.is_file():
+        raise MissingInput(
+            f"{folder} has no gguf-f16/{MODEL}", fix="add gguf-f16 to `export.forms` and run `regraft export`"
+        )
+    return ["llama_cpp.server", "--model", str(file), "--n_ctx", "0"]
+
+
+_KINDS = {
+    Server.TRANSFORMERS: _Kind(
+        needed=("fastapi", "uvicorn", "openai"),  # transformers.utils.is_serve_available
+        packages="fastapi uvicorn openai",
+        ready="/health",
+        command=lambda folder: ["transformers.cli.transformers", "serve", str(folder)],
+    ),
+    Server.VLLM: _Kind(
+        needed=("vllm",),
+        packages="vllm",
+        ready="/health",
+        command=lambda folder: ["vllm.entrypoints.cli.main", "serve", str(folder)],
+    ),
+    Server.LLAMA_CPP: _Kind(
+        needed=("llama_cpp", "sse_starlette", "starlette_context", "fastapi", "uvicorn"),
+        packages="'llama-cpp-python[server]'",
+        ready="/v1/models",
+        command=_gguf,
+    ),
+}
 
 
 class Served(BaseModel):
@@ -41,27 +85,31 @@ class Served(BaseModel):
     """A measurement: of this machine, at this time."""
 
 
-def serve_check(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[Served]:
-    """Serve an export, ask it, and compare its answers with the model's own greedy ones.
+def serve_check(
+    folder: Path, prompts: Sequence[str], server: Server = Server.TRANSFORMERS, *, max_new_tokens: int = 48
+) -> list[Served]:
+    """Serve an export, ask it, and compare its answers with the merged weights' own greedy ones.
 
     Args:
-        folder: an export or a merge, with a tokenizer that has a chat template.
+        folder: an export or a merge, with a tokenizer that has a chat template; for llama.cpp with the form gguf-f16.
         prompts: what the user says, one conversation each.
+        server: whose.
         max_new_tokens: at which an answer is cut.
 
     Raises:
-        MissingInput: the server's packages are not installed.
+        MissingInput: the server's packages are not installed, or the folder has not the form that it serves.
         ServiceUnavailable: the server did not start or answer.
         GateRefused: an answer differs, shows a special token, or did not stop where the model stops.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    kind = _KINDS[server]
+    missing = [name for name in kind.needed if find_spec(name) is None]
     if missing:
         raise MissingInput(
-            f"transformers' server needs {', '.join(missing)}",
-            fix=f"pip install {' '.join(missing)}, then run it again",
+            f"the server of {server} needs {', '.join(missing)}", fix=f"pip install {kind.packages}, then run it again"
         )
+    command = kind.command(folder.resolve())
     expected = _own_answers(folder, prompts, max_new_tokens)
-    with _server(folder) as url:
+    with _running(server, command) as url:
         served = [_ask(url, folder, prompt, max_new_tokens) for prompt in prompts]
     problems = []
     for found, (text, stopped) in zip(served, expected, strict=True):
@@ -102,25 +150,24 @@ def _own_answers(folder: Path, prompts: Sequence[str], most: int) -> list[tuple[
 
 
 @contextmanager
-def _server(folder: Path) -> Iterator[str]:
+def _running(server: Server, command: Sequence[str]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder.resolve())]
     log_file = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads would stop a server that says much
     process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},  # it looks for a newer version of itself
+        [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},  # one looks for a newer version of itself
         stdout=subprocess.DEVNULL,
         stderr=log_file,
     )
     url, began = f"http://127.0.0.1:{port}", time.monotonic()
     try:
-        while not _answers(f"{url}/health"):
+        while not _answers(f"{url}{_KINDS[server].ready}"):
             if process.poll() is not None or time.monotonic() - began > _PATIENCE:
                 log_file.seek(0)
                 said = log_file.read().decode(errors="replace").strip().splitlines()[-1:]
-                raise ServiceUnavailable(f"transformers' server did not start: {' '.join(said) or 'it said nothing'}")
+                raise ServiceUnavailable(f"the server of {server} did not start: {' '.join(said) or 'it said nothing'}")
             time.sleep(0.2)
         yield url
     finally:
@@ -156,6 +203,6 @@ def _ask(url: str, folder: Path, prompt: str, most: int) -> Served:
         text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         said = error.read().decode(errors="replace")[:300] if isinstance(error, urllib.error.HTTPError) else str(error)
-        raise ServiceUnavailable(f"transformers' server did not answer {prompt[:40]!r}: {said}") from error
+        raise ServiceUnavailable(f"the server did not answer {prompt[:40]!r}: {said}") from error
     milliseconds = round((time.monotonic() - began) * 1000)
     return Served(prompt=prompt, answer=text, finish_reason=reason, milliseconds=milliseconds)

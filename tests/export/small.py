@@ -122,6 +122,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
+LAX = {"max_mean_kl": 0.1, "max_form_mean_kl": 1.0, "min_form_top1_agreement": 0.5, "max_exact_match_drop": 1.0}
+"""Thresholds that weights of a model this small pass in few bits."""
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},

@@ -2,19 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 
 from regraft.cli import run
-from regraft.errors import GateRefused, MissingInput
+from regraft.errors import GateRefused, MissingInput, ServiceUnavailable
 from regraft.export import serving
+from regraft.export.params import Server
 from regraft.export.serving import Served, serve_check
 
 
 @contextmanager
-def nowhere(_: Path) -> Iterator[str]:
+def nowhere(*_: object) -> Iterator[str]:
     yield "http://nowhere"
 
 
@@ -25,7 +28,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     def answering(text: str, reason: str) -> None:
         served = Served(prompt="Hello", answer=text, finish_reason=reason, milliseconds=1)
         monkeypatch.setattr(serving, "find_spec", lambda _: True)
-        monkeypatch.setattr(serving, "_server", nowhere)
+        monkeypatch.setattr(serving, "_running", nowhere)
         monkeypatch.setattr(serving, "_own_answers", lambda *_: [("yes", True)])
         monkeypatch.setattr(serving, "_ask", lambda *_: served)
 
@@ -55,7 +58,31 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(MissingInput, match="needs openai") as refusal:
         serve_check(Path(), ["Hello"])
-    assert refusal.value.fix == "pip install openai, then run it again"
+    assert refusal.value.fix == "pip install fastapi uvicorn openai, then run it again"
+
+
+def test_llama_cpps_server_gets_the_file_in_f16_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda _: True)
+    (tmp_path / "gguf-q8_0").mkdir()
+    (tmp_path / "gguf-q8_0/model.gguf").touch()
+
+    with pytest.raises(MissingInput, match=r"has no gguf-f16/model\.gguf"):
+        serve_check(tmp_path, ["Hello"], Server.LLAMA_CPP)
+
+
+@pytest.mark.parametrize("server", Server)
+def test_a_server_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: Server) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda _: True)
+    monkeypatch.setattr(serving, "_own_answers", lambda *_: [("yes", True)])
+    (tmp_path / "gguf-f16").mkdir()
+    (tmp_path / "gguf-f16/model.gguf").touch()
+    kind = replace(serving._KINDS[server], command=lambda _: ["regraft.no_such_server"])
+    monkeypatch.setitem(serving._KINDS, server, kind)
+
+    with pytest.raises(ServiceUnavailable, match=f"the server of {server} did not start: .*no_such_server"):
+        serve_check(tmp_path, ["Hello"], server)
 
 
 def test_without_check_it_is_said_what_serves(capsys: Any, tmp_path: Path) -> None:
@@ -69,4 +96,16 @@ def test_transformers_server_answers_as_the_exported_files_do(exported: Any, cap
     pytest.importorskip("openai")
 
     assert run(["serve", str(exported.folder), "--check", "--prompt", "where is my lamp", "--prompt", "refund"]) == 0
+    assert capsys.readouterr().out.count(" ms)") == 2
+
+
+@pytest.mark.service
+def test_llama_cpps_server_answers_as_the_merged_weights_do(exported: Any, tmp_path: Path, capsys: Any) -> None:
+    """Needs `make llama-cpp` and `llama-cpp-python[server]`."""
+    pytest.importorskip("llama_cpp.server.app")
+    clone = exported.copy(tmp_path / "clone")
+    folder = clone.exports / small.export_here(clone.root, forms=["gguf-f16"], **small.LAX).folder
+
+    asked = ["--prompt", "where is my lamp", "--prompt", "refund"]
+    assert run(["serve", str(folder), "--check", "--server", "llama.cpp", *asked]) == 0
     assert capsys.readouterr().out.count(" ms)") == 2
