@@ -15,7 +15,7 @@ from regraft.validate.mapping import Mapping, Row, row_digests
 from regraft.validate.measures import FOREIGN, OTHER_LANGUAGE, measure
 from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.patterns import mask
-from regraft.validate.quarantine import QUARANTINE, accepted, quarantined
+from regraft.validate.quarantine import accepted, quarantine_table, quarantined
 from regraft.validate.raw import RawRow, parsed
 from regraft.validate.template import as_text
 
@@ -96,7 +96,7 @@ class Looker:
             readable=readable,
             forgotten=len(batch) - len(raws),
             reasons=reasons,
-            kept=pa.Table.from_pylist(kept, QUARANTINE),
+            kept=quarantine_table(kept),
             fit=fit,
             rows=accepted(self.schema, [each[0] for each in digests], name, [raws[i].line for i in fit], good),
             keys=[each[1] for each in digests],

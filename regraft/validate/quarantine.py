@@ -1,6 +1,7 @@
 """Where rows go: accepted ones to rows.parquet, the others to quarantine.parquet with reasons and masked.
 
-Both files hold the rows in the order in which they were read, in row groups of a fixed size, and no time: the same rows
+In quarantine.parquet every `Reason` has a column of its own, whether it occurs or not, so that the schema is the same for every
+run and a reason is counted by a sum; `reasons` lists those that are true, in the same order, for who reads a row. Both files hold the rows in the order in which they were read, in row groups of a fixed size, and no time: the same rows
 give the same bytes.
 """
 
@@ -38,6 +39,7 @@ _QUARANTINE: dict[str, Any] = {
     "raw": pa.string(),
     "reasons": pa.list_(pa.string()),
 }
+_REASONS = [reason.value for reason in Reason]
 Hide = Callable[[str], str]
 """Replaces personal data in a text by its kind."""
 ROWS = pa.schema(_ROWS)
@@ -46,7 +48,8 @@ TOOL_ROWS = pa.schema(_ROWS | {"messages": pa.list_(pa.struct(_MESSAGE | dict.fr
 """The same where a row may call tools; see `regraft.messages`."""
 PREFERENCES = pa.schema({**_ROWS, "rejected": pa.string(), "wanted": pa.bool_()})
 """Of accepted rows that are preferences: the other answer of a pair, or whether the one answer is wanted."""
-QUARANTINE = pa.schema(_QUARANTINE)
+QUARANTINE = pa.schema([*pa.schema(_QUARANTINE), *(pa.field(each, pa.bool_(), nullable=False) for each in _REASONS)])
+"""Columns of quarantine.parquet: where a row is, what is kept of it, and of each reason whether it is one."""
 _GROUP = 10_000  # rows of a row group
 _SHOWN = 2_000  # characters of a quarantined row
 _LOOKED_AT = 20_000  # characters masked before the cut, so that what the cut divides is masked too
@@ -134,6 +137,25 @@ def quarantined(
         "raw": shown(raw, hide),
         "reasons": [reason.value for reason in reasons],
     }
+
+
+def quarantine_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Return what `quarantined` made as a table of `QUARANTINE`.
+
+    Raises:
+        ValueError: a row has no reason, or one that is no `Reason`: nobody could tell why it is here.
+    """
+    import numpy as np
+
+    kinds: dict[tuple[str, ...], int] = {}  # few: most rows are bad in one of a few ways
+    kind_of = [kinds.setdefault(tuple(row["reasons"]), len(kinds)) for row in rows]
+    for reasons, kind in kinds.items():
+        if not reasons or not set(_REASONS).issuperset(reasons):
+            row = rows[kind_of.index(kind)]
+            raise ValueError(f"{row['source']}:{row['line']} is quarantined for {reasons}; expected a Reason or more")
+    flags = np.array([[each in reasons for reasons in kinds] for each in _REASONS], bool)[:, kind_of]
+    plain = [pa.array([row[name] for row in rows], kind) for name, kind in _QUARANTINE.items()]
+    return pa.Table.from_arrays([*plain, *map(pa.array, flags)], schema=QUARANTINE)
 
 
 def shown(raw: RawRow, hide: Hide = mask) -> str:

@@ -29,7 +29,15 @@ from regraft.validate.forgotten import load as load_forgotten
 from regraft.validate.look import Looked, Looker, id_of, masker
 from regraft.validate.measures import FOREIGN, OTHER_LANGUAGE
 from regraft.validate.params import OTHER, DataParams, Reason, ValidateParams
-from regraft.validate.quarantine import PREFERENCES, QUARANTINE, ROWS, TOOL_ROWS, ParquetRows, quarantined
+from regraft.validate.quarantine import (
+    PREFERENCES,
+    QUARANTINE,
+    ROWS,
+    TOOL_ROWS,
+    ParquetRows,
+    quarantine_table,
+    quarantined,
+)
 from regraft.validate.raw import RawRow, parsed
 from regraft.validate.report import ExpectationResult, FileResult, TimeRange, ValidateReport
 from regraft.validate.seen import Seen
@@ -214,7 +222,7 @@ def _take_out(name: str, batch: list[RawRow], looked: Looked, again: list[bool],
             more.append((looked.fit[i], row))
     places = [*looked.reasons, *(place for place, _ in more)]
     looked.reasons = dict(sorted({**looked.reasons, **{place: [Reason.DUPLICATE] for place, _ in more}}.items()))
-    both = pa.concat_tables([looked.kept, pa.Table.from_pylist([row for _, row in more], QUARANTINE)])
+    both = pa.concat_tables([looked.kept, quarantine_table([row for _, row in more])])
     looked.kept = both.take(pa.array(sorted(range(len(places)), key=places.__getitem__), pa.int64()))
     looked.rows = looked.rows.take(pa.array(first, pa.int64()))
     looked.fit = [looked.fit[i] for i in first]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from regraft.errors import DataError, GateRefused
-from regraft.validate.params import DataParams, ValidateParams
+from regraft.validate.params import DataParams, Reason, ValidateParams
 from regraft.validate.report import ValidateReport
 from regraft.validate.source import Opened, find_files, read_rows
 from regraft.validate.validate import validate
@@ -484,4 +484,4 @@ def test_whatever_is_done_to_the_bytes_no_row_is_lost(tmp_path: Path, seed: int)
     assert report.rows_in == lines + 1 == len(kept[0]) + len(kept[1])
     places = {(row["source"], row["line"]) for each in kept for row in each}
     assert len(places) == report.rows_in
-    assert all(row["reasons"] for row in kept[1])
+    assert all(any(row[each.value] for each in Reason) for row in kept[1])

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,7 +18,7 @@ from regraft.validate import work
 from regraft.validate.look import Looker
 from regraft.validate.mapping import Row, row_digests
 from regraft.validate.patterns import FINDERS, mask
-from regraft.validate.quarantine import QUARANTINE, ParquetRows
+from regraft.validate.quarantine import QUARANTINE, ParquetRows, quarantine_table
 
 PARTS = (
     "4111 1111 1111 1111", "4111111111111111", "DE89 3704 0044 0532 0130 00", "+49 30 12345678", "0049 30 12345678", "a@b.cc",
@@ -85,8 +84,8 @@ def test_row_groups_have_one_size_whatever_the_tables(tmp_path: Path) -> None:
         numbers = iter(range(30_000))
         with ParquetRows(tmp_path / f"{len(sizes)}.parquet", QUARANTINE) as file:
             for size in sizes:
-                lines = [{"source": "a", "line": next(numbers), "reasons": []} for _ in range(size)]
-                file.add(pa.Table.from_pylist(lines, QUARANTINE))
+                row = {"source": "a", "id": None, "raw": "", "reasons": ["email"]}
+                file.add(quarantine_table([{**row, "line": next(numbers)} for _ in range(size)]))
             assert file.count == 29_001
     found = pq.ParquetFile(tmp_path / "6.parquet").metadata
     assert [found.row_group(i).num_rows for i in range(found.num_row_groups)] == [10_000, 10_000, 9_001]
