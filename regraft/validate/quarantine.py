@@ -53,6 +53,7 @@ QUARANTINE = pa.schema([*pa.schema(_QUARANTINE), *(pa.field(each, pa.bool_(), nu
 _GROUP = 10_000  # rows of a row group
 _SHOWN = 2_000  # characters of a quarantined row
 _LOOKED_AT = 20_000  # characters masked before the cut, so that what the cut divides is masked too
+_LONG_NUMBER = 1_000_000
 _ESCAPE = re.compile(r"\\u00([0-7][0-9a-fA-F])")
 
 
@@ -166,27 +167,30 @@ def shown(raw: RawRow, hide: Hide = mask) -> str:
     """
     if raw.record is not None:
         try:
-            return _clean(as_text(_masked(raw.record, hide)))[:_SHOWN]
+            return _clean(as_text(masked(raw.record, hide)))[:_SHOWN]
         except RecursionError:
             pass  # nested as deep as the parser goes: shown as it stands in the file
     text = raw.raw.decode("utf-8", errors="replace")
-    return _mask_start(_ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text), hide)[:_SHOWN]
+    return mask_start(_ESCAPE.sub(lambda match: chr(int(match.group(1), 16)), text), hide)[:_SHOWN]
 
 
-def _mask_start(text: str, hide: Hide) -> str:
+def mask_start(text: str, hide: Hide = mask) -> str:
     """Return the masked beginning of a text, without the end, where something half cut off would not be known."""
     return hide(text) if len(text) <= _LOOKED_AT else hide(text[:_LOOKED_AT])[:-1_000]
 
 
-def _masked(value: Any, hide: Hide) -> Any:
+def masked(value: Any, hide: Hide = mask) -> Any:
+    """Return a JSON value with personal data masked in the beginning of each text and in long numbers."""
     if isinstance(value, str):
-        return _mask_start(value, hide)
+        return mask_start(value, hide)
     if isinstance(value, dict):
-        return {_mask_start(str(key), mask): _masked(each, hide) for key, each in value.items()}
+        return {mask_start(str(key)): masked(each, hide) for key, each in value.items()}
     if isinstance(value, list):
-        return [_masked(each, hide) for each in value]
-    if isinstance(value, int | float) and mask(str(value)) != str(value):
-        return mask(str(value))
+        return [masked(each, hide) for each in value]
+    if isinstance(value, int | float):
+        # Nothing that a short number could be is personal, and rows may hold thousands of them.
+        found = (hide if isinstance(value, int) and abs(value) >= _LONG_NUMBER else mask)(str(value))
+        return value if found == str(value) else found
     return value
 
 

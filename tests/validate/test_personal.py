@@ -99,6 +99,14 @@ def test_names_and_places_are_found_by_a_model_that_is_installed(stage: Any, cha
         assert value not in kept(stage)
 
 
+def test_a_number_that_presidio_finds_is_masked_in_what_is_kept(stage: Any) -> None:
+    stage.write("a.jsonl", '{"ssn": 536904399, "n": 12345, "say": "yes"}\n{"ssn": 1, "say": "yes"}\n')
+    data = {"layout": "prompt_answer", "prompt": "my ssn is {ssn}", "answer": "{say}"}
+    report = stage.run(data, personal={"entities": ["US_SSN"], "score": 0.01})
+    assert report.quarantined_by_reason == {"personal_data": 1}
+    assert stage.quarantine()[0]["raw"] == '{"ssn": "[us_ssn]", "n": 12345, "say": "yes"}'
+
+
 def test_personal_data_counts_against_an_expectation_of_its_own(stage: Any, chat: Any) -> None:
     stage.write("a.jsonl", chat("hello") + chat(f"at {ADDRESS}"))
     limits = {"quarantined": {"share": 1.0}, "reasons": {"personal_data": {"level": "warn", "share": 0.1}}}
