@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from regraft.chat import open_chat
-from regraft.preprocess.cluster import ADDRESS, ClusterFuture, ClusterPool
+from regraft.cluster import ADDRESS, ClusterFuture, ClusterPool
+from regraft.preprocess.cluster import cluster_pool
 from regraft.preprocess.keys import load_keys, read_keys
 from regraft.preprocess.params import PreprocessParams
 from regraft.preprocess.shard import Preparer
@@ -150,7 +151,7 @@ class Workers:
 
     def _start(self) -> "ProcessPoolExecutor | ClusterPool":
         if address := os.environ.get(ADDRESS, ""):
-            self._pool = ClusterPool(address, self._params, self._base)
+            self._pool = cluster_pool(address, self._params, self._base)
             return self._pool
         if FORKED:
             _inherited["tokenizer"] = self.tokenizer
@@ -167,7 +168,7 @@ class Workers:
             os.environ.pop("TOKENIZERS_PARALLELISM", None)
         _inherited.clear()
 
-    def _gather(self, futures: "Sequence[Future[None] | ClusterFuture]", what: str) -> None:
+    def _gather(self, futures: "Sequence[Future[None] | ClusterFuture[None]]", what: str) -> None:
         with explained("prepared rows"):
             for done, future in enumerate(futures, 1):
                 future.result()

@@ -1,7 +1,8 @@
-"""The processes that look at batches of rows: one for each core, or none where there is little to read.
+"""The processes that look at batches of rows: one for each core, here or of a Ray cluster; none where there is little to read.
 
 Batches are given out and taken back in the order of the files, a few at a time: memory does not grow with the rows, and the
-output is the same however many processes there are. One that is killed ends the stage with an error; all end with it.
+output is the same however many processes there are. One that is killed here ends the stage with an error, on a cluster its batch
+is looked at again; all end with the stage.
 """
 
 import os
@@ -12,7 +13,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from regraft.processes import context, cores, explained, follow
+from regraft.cluster import ADDRESS, ClusterFuture, ClusterPool
+from regraft.processes import collect_seldom, context, cores, explained, follow
+from regraft.validate.cluster import cluster_pool
 from regraft.validate.look import Looked, Looker
 from regraft.validate.raw import RawRow
 from regraft.validate.source import DataFile
@@ -23,7 +26,7 @@ _inherited: dict[str, Looker] = {}  # what a process that looks holds
 
 
 class Lookers:
-    """Looks at batches, here or in processes of its own; a context, which ends them.
+    """Looks at batches, here, in processes of its own or on a cluster (`REGRAFT_RAY`); a context, which ends them.
 
     Args:
         looker: what is to be done with a batch.
@@ -34,13 +37,20 @@ class Lookers:
         self.looker = looker
         # A damaged link is found where it is read. A compressed file holds several times its size.
         sizes = [(f.path.stat().st_size if f.path.is_file() else 0) * (4 if f.compression else 1) for f in files]
-        self._processes = cores() if sum(sizes) > _LITTLE else 1
-        self._pool: ProcessPoolExecutor | None = None
+        self._little = sum(sizes) <= _LITTLE
+        self._processes = 1
+        self._pool: ProcessPoolExecutor | ClusterPool | None = None
 
     def __enter__(self) -> Self:
-        if self._processes > 1:
+        if self._little:
+            return self
+        if address := os.environ.get(ADDRESS, ""):
+            self._pool = pool = cluster_pool(address, self.looker)
+            self._processes = pool.workers
+        elif (processes := cores()) > 1:
+            self._processes = processes
             self._pool = ProcessPoolExecutor(
-                self._processes, mp_context=context(), initializer=_begin, initargs=(self.looker, os.getpid())
+                processes, mp_context=context(), initializer=_begin, initargs=(self.looker, os.getpid())
             )
         return self
 
@@ -54,13 +64,13 @@ class Lookers:
         """Yield each batch of a file with what was found in it, in order.
 
         Raises:
-            RegraftError: a process was killed.
+            RegraftError: a process was killed, or nodes of the cluster died too often.
         """
         if self._pool is None:
             for batch in batches:
                 yield batch, self.looker.look(name, batch)
             return
-        waiting: deque[tuple[list[RawRow], Future[Looked]]] = deque()
+        waiting: deque[tuple[list[RawRow], Future[Looked] | ClusterFuture[Looked]]] = deque()
         with explained("looked at rows"):
             for batch in batches:
                 waiting.append((batch, self._pool.submit(_look, name, batch)))
@@ -75,6 +85,12 @@ class Lookers:
 def _begin(looker: Looker, parent: int) -> None:
     follow(parent)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    become_worker(looker)
+
+
+def become_worker(looker: Looker) -> None:
+    """Let this process, of a pool or of a cluster, be one that looks at batches."""
+    collect_seldom()
     _inherited["looker"] = looker
 
 
