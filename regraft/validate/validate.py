@@ -14,9 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -46,8 +45,8 @@ from regraft.validate.sources import mappings
 from regraft.validate.work import Lookers
 
 log = logging.getLogger("regraft")
-_Item = TypeVar("_Item")
-_BATCH = 4_096  # rows measured at once
+_BATCH = 4_096  # rows measured at once,
+_BATCH_BYTES = 16_000_000  # or fewer, where they have so many bytes: several batches are under way
 _MOST_VALUES = 1_000  # of a slice
 _PLACES = 10  # shown for each reason
 _LABELS = 20  # unknown ones shown
@@ -191,7 +190,7 @@ def _read_file(
     opened = Opened()
     read = readable = 0
     rows_before, kept_before = rows.count, kept.count
-    for batch, looked in lookers.look(file.name, _batched(read_rows(file, longest, opened, parse=False), _BATCH)):
+    for batch, looked in lookers.look(file.name, _batched(read_rows(file, longest, opened, parse=False))):
         read += len(batch)
         readable += looked.readable
         again = tally.seen.add(looked.keys)
@@ -370,6 +369,14 @@ def _check_slices(params: ValidateParams, data: DataParams) -> None:
         )
 
 
-def _batched(items: Iterator[_Item], size: int) -> Iterator[list[_Item]]:
-    while batch := list(islice(items, size)):
+def _batched(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    batch: list[RawRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.raw)
+        if len(batch) >= _BATCH or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch

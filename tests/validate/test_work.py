@@ -92,6 +92,27 @@ def test_row_groups_have_one_size_whatever_the_tables(tmp_path: Path) -> None:
     assert (tmp_path / "6.parquet").read_bytes() == (tmp_path / "1.parquet").read_bytes()
 
 
+def test_long_rows_make_short_batches(stage: Any, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.write("a.jsonl", chat("x" * 3_000) * 4 + chat("hi") * 30)
+    found: list[tuple[int, int]] = []
+    look = Looker.look
+
+    def looked(self: Looker, name: str, batch: list[Any]) -> Any:
+        found.append((len(batch), sum(len(each.raw) for each in batch)))
+        return look(self, name, batch)
+
+    monkeypatch.setattr(Looker, "look", looked)
+    stage.run()
+    assert len(found) == 1
+    expected = outputs(stage.root)
+    monkeypatch.setattr(stage_module, "_BATCH", 20)
+    monkeypatch.setattr(stage_module, "_BATCH_BYTES", 6_500)
+    stage.run()
+    assert [rows for rows, _ in found[1:]] == [3, 20, 11]
+    assert max(size for _, size in found[1:]) < 6_500 + 3_200, "the row that fills a batch is in it"
+    assert outputs(stage.root) == expected
+
+
 def test_a_process_that_is_killed_ends_the_stage_with_an_error_and_leaves_the_old_output(
     stage: Any, chat: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
