@@ -15,7 +15,7 @@ from regraft.outputs import cache_of, outputs
 from regraft.preprocess.difference import Moved, moved
 from regraft.register.lookup import champion as find_champion
 from regraft.register.lookup import version as find_version
-from regraft.register.version import Version
+from regraft.register.version import FORGET_TAG, Version
 from regraft.settings import Settings
 
 _MAKERS = ("model", "preprocess", "train")
@@ -34,10 +34,15 @@ class Decision:
     """Why, in words; empty where there is nothing to compare with."""
     champion: int | None = None
     difference: Moved | None = None
+    afresh: bool = False
+    """Whether the champion learnt what is to be forgotten, so that nothing may go on from it, or wait."""
 
 
 def decide(layout: Layout, settings: Settings) -> Decision:
     """Compare the accepted rows with those that the champion was made from, and say what to do.
+
+    A champion that learnt what is to be forgotten is replaced however little differs: few rows are taken out by
+    `regraft data forget`, and what goes on from a tagged version is never promoted.
 
     Raises:
         ServiceUnavailable: the registry does not answer.
@@ -45,17 +50,21 @@ def decide(layout: Layout, settings: Settings) -> Decision:
     champion = find_champion(settings.register_, layout)
     if champion is None:
         return Decision("train")
+    afresh = FORGET_TAG in champion.tags
     try:
         lineage = _lineage(champion)
         found = moved(_rows(layout, champion, lineage), layout.stage("validate") / ROWS)
     except RegraftError as error:
-        return Decision("train", [f"The data cannot be compared with the champion's: {error.message}"], champion.number)
+        said = f"The data cannot be compared with the champion's: {error.message}"
+        return Decision("train", [said], champion.number, afresh=afresh)
     other = changed_parameters(lineage.get("params", {}), settings)
     action, why = judge(found, other, settings)
+    if afresh:
+        action, why = "train", f"Trained: version {champion.number} learnt from rows that are to be forgotten."
     said = f"Against the data of version {champion.number}: {found.told}"
     grown = [f"{name}: " + ", ".join(f"{v} {n:+,}" for v, n in values.items()) for name, values in found.slices.items()]
     said += "".join(f"; {each}" for each in grown if each.count(",") < _SHOWN) + "."
-    return Decision(action, [said, why] if found.touched else [], champion.number, found)
+    return Decision(action, [said, why] if found.touched or afresh else [], champion.number, found, afresh)
 
 
 def foreseen(layout: Layout, settings: Settings, todo: Collection[str]) -> list[str]:
@@ -68,14 +77,17 @@ def foreseen(layout: Layout, settings: Settings, todo: Collection[str]) -> list[
 def heed(layout: Layout, settings: Settings, decision: Decision) -> Settings:
     """Write what a decision asks of the training into `params.yaml`, and return the parameters as they are then.
 
-    Only with `retrain.decide.continue_below` above 0, and where rows differ: else the parent stays as it is.
+    Only with `retrain.decide.continue_below` above 0, and where rows differ or the champion is to be forgotten: else the
+    parent stays as it is.
 
     Raises:
         ParamsError: `params.yaml` has no line for the parent.
         MissingInput, DamagedArtifact: the champion's files are gone, or not the registered ones.
     """
     found = decision.difference
-    if settings.retrain.decide.continue_below == 0 or decision.action == "skip" or found is None or not found.touched:
+    if settings.retrain.decide.continue_below == 0 or decision.action == "skip":
+        return settings
+    if not decision.afresh and (found is None or not found.touched):
         return settings
     from regraft.parent import set_parent
     from regraft.settings import load

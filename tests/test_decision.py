@@ -14,7 +14,7 @@ from regraft.artifacts import digest_json
 from regraft.decision import changed_parameters, decide, heed, rows_of
 from regraft.errors import MissingInput
 from regraft.layout import Layout
-from regraft.register.version import Version
+from regraft.register.version import FORGET_TAG, Version
 from regraft.settings import Settings
 
 SECTIONS: dict[str, Any] = {
@@ -183,3 +183,24 @@ def test_the_parent_is_written_where_the_thresholds_ask_for_it(
     clone.has(rows)
     assert heed(clone.layout, settings, decide(clone.layout, settings)) is settings
     assert written == wanted
+
+
+@pytest.mark.parametrize("comparable", [True, False])
+@pytest.mark.parametrize("rows", [99, 100])
+@pytest.mark.parametrize("limits", [{"min_rows": 50}, {"min_share": 0.5}, {"continue_below": 0.5}])
+def test_a_champion_that_learnt_what_is_to_be_forgotten_is_replaced_afresh_however_little_differs(
+    clone: Clone, monkeypatch: pytest.MonkeyPatch, limits: dict[str, float], rows: int, comparable: bool
+) -> None:
+    clone.champion = Version("regraft", 7, "", "", "", 0, tags={FORGET_TAG: "1 row"})
+    clone.has(rows)
+    if not comparable:
+        clone.old = []
+    written: list[str | None] = []
+    settings = parameters(train={"parent": "data/parents/x/adapter", "parent_digest": "a" * 64}, **limits)
+    monkeypatch.setattr(regraft.parent, "set_parent", lambda layout, parameters, which: written.append(which))
+    monkeypatch.setattr(regraft.settings, "load", lambda layout: settings)
+    found = decide(clone.layout, settings)
+    assert found.action == "train"
+    assert not comparable or found.lines[1] == "Trained: version 7 learnt from rows that are to be forgotten."
+    heed(clone.layout, settings, found)
+    assert written == ([None] if "continue_below" in limits else []), "a person's parent is a person's"
