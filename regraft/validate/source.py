@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -91,6 +91,15 @@ def find_files(raw: list[str], root: Path) -> tuple[list[DataFile], list[str]]:
     if not found:
         raise DataError(f"there is no data file in {', '.join(raw)}", fix=fix)
     return [found[name] for name in sorted(found)], sorted(ignored - set(found))
+
+
+def stamps(files: Sequence[DataFile]) -> dict[str, tuple[int, ...] | None]:
+    """Return of each file what changes when it is written to or replaced; None where a link is broken."""
+    found: dict[str, tuple[int, ...] | None] = {}
+    for file in files:
+        status = file.path.stat() if file.path.exists() else None
+        found[file.name] = None if status is None else (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
 
 
 def read_rows(file: DataFile, longest: int, opened: Opened, *, parse: bool = True) -> Iterator[RawRow]:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from regraft.validate.quarantine import (
 from regraft.validate.raw import RawRow, parsed
 from regraft.validate.report import ExpectationResult, FileResult, TimeRange, ValidateReport
 from regraft.validate.seen import Seen
-from regraft.validate.source import DataFile, Opened, find_files, read_rows
+from regraft.validate.source import DataFile, Opened, find_files, read_rows, stamps
 from regraft.validate.sources import mappings
 from regraft.validate.work import Lookers
 
@@ -67,7 +67,7 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
         The report, which is also in both folders.
 
     Raises:
-        DataError: no data file, an unreadable file, or files that differ in their columns.
+        DataError: no data file, an unreadable file, files that differ in their columns, or one that changed meanwhile.
         ParamsError: `data` names a column that no file has, or a slice with very many values.
         GateRefused: an expectation of level `block` failed; both folders are written before.
     """
@@ -76,6 +76,7 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
 
     _check_slices(params, data)
     files, ignored = find_files(data.raw, raw_root)
+    before = stamps(files)
     longest = 65_536 + 6 * params.max_bytes  # an escape such as \u00e9 has 6 bytes
     read_as = mappings(data, params, files, raw_root, longest)
     forgotten = load_forgotten(raw_root / FORGET, data.forget, shape=shape_of(data))
@@ -120,6 +121,7 @@ def validate(params: ValidateParams, data: DataParams, *, raw_root: Path, out: P
             finish(site, report, tally.places)
             if not report.passed:
                 shutil.copyfile(folder / "quarantine.parquet", site / "quarantine.parquet")
+            _check_unchanged(before, stamps(find_files(data.raw, raw_root)[0]))
         report.save(folder / "report.json")
     _announce(report, docs)
     return report
@@ -351,6 +353,16 @@ def _announce(report: ValidateReport, docs: Path) -> None:
 def _line(each: ExpectationResult) -> str:
     detail = f"; {each.detail}" if each.detail else ""
     return f"{each.name}: measured {each.measured:.6g}, threshold {each.threshold:.6g}{detail}"
+
+
+def _check_unchanged(before: Mapping[str, object], after: Mapping[str, object]) -> None:
+    """Refuse rows of files that were written to meanwhile: DVC takes down what is there at the end as what was validated."""
+    if other := sorted(name for name in {*before, *after} if before.get(name) != after.get(name)):
+        more = f" and {len(other) - 5:,} more" if len(other) > 5 else ""
+        raise DataError(
+            f"{', '.join(other[:5])}{more} changed while the data was read; expected files that nobody writes to",
+            fix="write new files elsewhere and move them into data/raw when they are whole; run the same command again",
+        )
 
 
 def _check_slices(params: ValidateParams, data: DataParams) -> None:

@@ -12,6 +12,7 @@ import pytest
 from regraft.artifacts import digest_bytes, verify_dir
 from regraft.errors import DataError, GateRefused, ParamsError
 from regraft.params import read_yaml
+from regraft.validate import docs as docs_module
 from regraft.validate import validate as module
 from regraft.validate.params import DataParams, ValidateParams
 from regraft.validate.report import ValidateReport
@@ -320,3 +321,36 @@ def test_every_flaw_of_the_shipped_data_is_caught_and_nothing_else(tmp_path: Pat
     assert found == {name: [REASONS[kind]] for name, kind in flaws.items() if REASONS[kind]}
     assert report.rows_duplicate == Counter(flaws.values())["exact_duplicate"]
     assert set(REASONS) == set(flaws.values())
+
+
+@pytest.mark.parametrize("change", ["appended", "replaced", "new", "gone"])
+def test_a_file_that_changes_while_the_data_is_read_is_an_error_and_the_old_output_stays(
+    stage: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    path = stage.write("a.jsonl", chat("one"))
+    stage.write("b.jsonl", chat("two"))
+    stage.run()
+    before = {name: snapshot(stage.root / name) for name in ("out", "docs")}
+    finish = docs_module.finish
+
+    def meanwhile(*given: Any) -> None:
+        finish(*given)
+        match change:
+            case "appended":
+                path.write_text(path.read_text() + chat("three"))
+            case "replaced":
+                other = stage.root / "other"
+                other.write_text(chat("six"))
+                os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+                other.replace(path)
+            case "new":
+                stage.write("c.jsonl", chat("four"))
+            case "gone":
+                path.unlink()
+
+    monkeypatch.setattr(docs_module, "finish", meanwhile)
+    name = "data/raw/c.jsonl" if change == "new" else "data/raw/a.jsonl"
+    with pytest.raises(DataError, match=f"^{name} changed while the data was read") as caught:
+        stage.run()
+    assert "move them into data/raw" in (caught.value.fix or "")
+    assert {name: snapshot(stage.root / name) for name in ("out", "docs")} == before
