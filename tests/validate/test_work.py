@@ -1,7 +1,6 @@
 """Looking at batches in several processes: the same bytes as in one, and an error where one of them is killed."""
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -10,8 +9,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from filled import fill, outputs
 
-from regraft.artifacts import canonical_json, digest_file
+from regraft.artifacts import canonical_json
 from regraft.errors import ParamsError, RegraftError
 from regraft.validate import validate as stage_module
 from regraft.validate import work
@@ -26,26 +26,6 @@ PARTS = (
     "eyJ" + "a" * 20 + "." + "b" * 20 + "." + "c" * 20, "hf_" + "x" * 32, "glpat-" + "x" * 20, "github_pat_" + "x" * 41,
     " ", "x", "0", "00", "+", "-", "_", "\u00a0", "\u202f", ".", "\n", "AB12", "\u0661",
 )  # fmt: skip
-
-
-def fill(stage: Any, dice: random.Random) -> None:
-    """Write files of several formats, a third of the rows broken, some of them twice."""
-    lines = []
-    for i in range(600):
-        said = dice.choice(["", "me@example.com", "\u202e", "\u043f\u0440\u0438\u0432\u0435\u0442", *["hello"] * 6])
-        messages = [{"role": "user", "content": f"{said} {i % 400}"}, {"role": "assistant", "content": "yes"}]
-        row = {"messages": messages, "id": f"r{i}", "at": f"2026-09-{1 + i % 30:02}", "kind": f"k{i % 7}"}
-        lines.append(
-            json.dumps(row).encode() if i % 17 else dice.choice([b"", b"{", b"[]", b"\xff", b'{"messages": 1}'])
-        )
-    stage.write("a.jsonl", b"\n".join(lines) + b"\n")
-    stage.write("b.json", b"[" + b",".join(line for line in lines[:200] if line.startswith(b'{"mess')) + b"]")
-    stage.write("empty.jsonl", b"{\n")
-
-
-def outputs(root: Path) -> dict[str, str]:
-    found = [path for name in ("out", "docs") for path in (root / name).rglob("*") if path.is_file()]
-    return {path.relative_to(root).as_posix(): digest_file(path) for path in found}
 
 
 @pytest.mark.parametrize("duplicates", ["keep", "quarantine"])
