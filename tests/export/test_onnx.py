@@ -212,6 +212,7 @@ def test_a_form_that_a_base_cannot_have_is_refused_before_anything_is_merged(
     clone = exported.copy(tmp_path / "clone")
     before = small.contents(clone.exports)
     monkeypatch.delitem(importlib.import_module("regraft.export.onnx")._ARCHITECTURES, "llama")
+    monkeypatch.setattr("regraft.export.export.plan_merge", lambda *_: pytest.fail("a merge began"))
 
     with pytest.raises(ParamsError, match="it is a llama"):
         small.export_here(clone.root, forms=["onnx-fp32"], **LAX)
