@@ -70,6 +70,19 @@ def test_a_form_in_float32_splits_scores_and_answers_as_transformers_does(forms:
 
 
 @needs_onnx
+def test_an_answer_ends_where_the_folder_s_settings_say(forms: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(forms["onnx-fp32"], tmp_path / "form")
+    prompt = [5, 6, 7]
+    whole, stopped = Genai(folder, PARAMS)._generate(prompt, 12)
+    assert (len(whole), stopped) == (12, False)
+    settings = json.loads((folder / "genai_config.json").read_bytes())
+    settings["model"]["eos_token_id"] = [2, whole[3]]
+    (folder / "genai_config.json").write_text(json.dumps(settings))
+
+    assert Genai(folder, PARAMS)._generate(prompt, 12) == (whole[: whole.index(whole[3])], True)
+
+
+@needs_onnx
 def test_a_form_in_4_bits_holds_what_its_survival_is_measured_with(forms: dict[str, Path]) -> None:
     import onnx
     import torch
@@ -276,6 +289,7 @@ def test_nothing_is_reported_and_no_device_is_given_an_id(forms: dict[str, Path]
     [
         ("gemma", {}),
         ("gemma2", {"query_pre_attn_scalar": 8, "sliding_window": 16}),
+        ("gemma2", {"query_pre_attn_scalar": 16, "sliding_window": 256}),
         ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
         (
