@@ -16,6 +16,7 @@ from regraft.cli import run
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError, ServiceUnavailable
 from regraft.export.remote import LATEST, latest_at, publish_to
 from regraft.export.standalone import merge_adapter
+from regraft.export.whole import verify_folder
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,17 @@ def test_a_folder_that_is_nothing_of_ours_or_damaged_is_named_with_what_to_do(
     with pytest.raises(DamagedArtifact, match=r"config\.json: .*\n  next: copy it again"):
         publish_to(copy, str(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"files": []}', '{"files": {"a": 3}}', '{"files": {"a": {"size": 1}}}']
+)
+def test_a_manifest_of_another_form_is_damage_and_no_bug(merges: list[Path], tmp_path: Path, text: str) -> None:
+    copy = shutil.copytree(merges[0], tmp_path / "copy")
+    (copy / "manifest.json").write_text(text)
+
+    with pytest.raises(DamagedArtifact, match=r"manifest\.json is no manifest: .*\n  next: copy it again"):
+        verify_folder(copy)
 
 
 def test_an_unknown_protocol_is_an_error(merges: list[Path]) -> None:
