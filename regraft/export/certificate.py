@@ -19,7 +19,7 @@ README = "README.md"
 LINEAGE = "lineage.json"
 _UNLISTED = {MANIFEST, SUMS, SIGNATURE, CERTIFICATE}
 _REQUIRED = ("config.json", "generation_config.json", README, LINEAGE)
-FEW_BITS = ("nf4", "int8", "gguf-q8_0", "gguf-q4_k_m")
+FEW_BITS = ("nf4", "int8", "gguf-q8_0", "gguf-q4_k_m", "onnx-int8", "onnx-int4")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 

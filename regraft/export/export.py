@@ -30,7 +30,7 @@ from regraft.evaluate.params import EvaluateParams
 from regraft.export.card import model_card
 from regraft.export.certificate import CERTIFICATE, LINEAGE, README, choose, judge, judge_forms, verify_export
 from regraft.export.folder import licence_files, licence_name, write_companions, write_tokenizer
-from regraft.export.formats import make_form
+from regraft.export.formats import check_forms, make_form
 from regraft.export.merge import Plan, merge, plan_merge, read_config
 from regraft.export.params import ExportParams, Source, split_source
 from regraft.export.publish import point_latest, prune, publish
@@ -112,6 +112,7 @@ def export(
         if found is not None:
             return _finish(found, out_root, params, already=True, latest=latest, needed=needed)
 
+        check_forms(params.forms, opened.folder, opened.tokenizer)
         work.mkdir(exist_ok=True)
         try:
             sources = _sources(params, quantization)
@@ -221,16 +222,10 @@ def _candidate(
     source: Source, plan: Plan, params: ExportParams, quantization: Quantization, work: Path, base: Base
 ) -> Entrant:
     """Merge one candidate into `work`, unless a killed export left it whole."""
-    from regraft.model.load import compute_dtype
-
     folder = work / source
-    weights: Weights = Reader.blocks
-    assumed = None
     name, dtype = split_source(source, params.dtype)
-    if name == "dequantized":
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports at import that it has no hub kernels
-        weights = dequantized(plan, quantization, compute_dtype(quantization))
-        assumed = quantized_modules(plan, quantization)
+    weights = _weights(name, plan, quantization)
+    assumed = quantized_modules(plan, quantization) if name == "dequantized" else None
     beside = work / f"{source}.survival.json"
     try:
         verify_dir(folder)
@@ -249,15 +244,26 @@ def _candidate(
     return Entrant(source=source, folder=folder.absolute(), assumed=assumed, survival=layers)
 
 
+def _weights(name: str, plan: Plan, quantization: Quantization) -> "Weights":
+    """The base's weights that a candidate is merged into."""
+    from regraft.model.load import compute_dtype
+
+    if name != "dequantized":
+        return Reader.blocks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports at import that it has no hub kernels
+    return dequantized(plan, quantization, compute_dtype(quantization))
+
+
 def _forms(
     certificate: Certificate, chosen: Candidate, params: ExportParams, plan: Plan, job: Job, work: Path
 ) -> tuple[Certificate, dict[str, Path]]:
     """Make the other forms of the chosen candidate, measure them in a fresh process, and add their checks."""
     entrants: list[Entrant] = []
     folders: dict[str, Path] = {}
+    weights = _weights(split_source(chosen.source, params.dtype)[0], plan, job.quantization)
     for form in params.forms:
         folder = work / f"form-{form}"
-        layers = make_form(form, work / chosen.source, plan, folder)
+        layers = make_form(form, work / chosen.source, plan, folder, weights=weights)
         folders[form] = folder
         entrants.append(
             Entrant(source=chosen.source, folder=folder.absolute(), assumed=None, survival=layers, form=form)

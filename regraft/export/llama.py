@@ -7,7 +7,6 @@ be gibberish to it. So without `llama-cpp-python` a GGUF form is refused.
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from regraft.evaluate.params import EvaluateParams
 from regraft.export.gguf import MODEL
 from regraft.export.parity import batches
 from regraft.export.sentencepiece import TEMPLATE_SPACE
+from regraft.export.tokens import texts_of
 
 _IGNORED = -100
 
@@ -93,7 +93,7 @@ class LlamaCpp:
         lead = " " if template.startswith(TEMPLATE_SPACE) else ""
         for row in rows:
             ids = list(row.prompt_ids)
-            texts = _texts(tokenizer, ids)
+            texts = texts_of(tokenizer, ids)
             compared += bool(texts)
             found = [self._model.tokenize((lead + text).encode(), add_bos=False, special=True) for text in texts]
             if texts and ids not in found:
@@ -131,15 +131,3 @@ def splitting(file: Path) -> Iterator[Callable[[str], list[int]]]:
         model: Any = Llama(str(file), vocab_only=True, verbose=False)
     with closing(model):
         yield lambda text: list(model.tokenize(text.encode(), add_bos=False, special=True))
-
-
-def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Return the texts that a prompt's ids can have been made of: a space before a piece may be its own or the tokenizer's."""
-
-    def decode(some: list[int]) -> str:
-        return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    added = tokenizer.added_tokens_decoder
-    pieces = [list(piece) for _, piece in groupby(ids, key=lambda each: each if each in added else None)]
-    texts = dict.fromkeys((decode(ids), "".join(decode(piece) for piece in pieces)))
-    return [text for text in texts if list(tokenizer(text, add_special_tokens=False)["input_ids"]) == ids]

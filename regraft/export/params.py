@@ -17,7 +17,7 @@ Source = Literal[
     "dequantized-fp16",
     "dequantized-fp32",
 ]
-Form = Literal["adapter", "nf4", "int8", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m"]
+Form = Literal["adapter", "nf4", "int8", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "onnx-fp32", "onnx-int8", "onnx-int4"]
 Dtype = Literal["own", "bf16", "fp16", "fp32"]
 
 
@@ -59,8 +59,8 @@ class ExportParams(Section):
 
     forms: list[Form] = Field(default_factory=list)
     """What else to publish beside the merged weights, each in a folder of its name: the bare adapter (for PEFT and
-    vLLM), bitsandbytes checkpoints, GGUF for llama.cpp and Ollama (needs the extra `gguf`). Each is loaded from disk and
-    measured; one that fails is a refusal of the whole export."""
+    vLLM), bitsandbytes checkpoints, GGUF for llama.cpp and Ollama (needs the extra `gguf`), ONNX for onnxruntime-genai (needs the
+    extra `onnx`). Each is loaded from disk and measured; one that fails is a refusal of the whole export."""
 
     min_form_top1_agreement: float = Field(default=0.9, ge=0, le=1)
     """Like `min_top1_agreement`, for forms of less than 16 bits; 0 to 1."""

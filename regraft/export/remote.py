@@ -14,9 +14,9 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from regraft.artifacts import MANIFEST, dir_digest, pretty_json, read_json, write_file
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError, ServiceUnavailable
@@ -32,15 +32,19 @@ _STORES = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "adlfs
 """Packages of fsspec's stores; some of their errors are no OSError."""
 
 
+Name = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+"""An export's folder in a store; whoever can write `latest.json` must not lead a publication anywhere else."""
+
+
 class Pointer(BaseModel):
     """`latest.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    manifest: str
+    name: Name
+    manifest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """sha256 of the export's manifest.json."""
-    before: list[str] = []
+    before: list[Name] = []
     """Names of what was latest before, newest first; those that are still there."""
 
 
@@ -97,16 +101,14 @@ def publish_to(
         listed = read_json(folder / MANIFEST)["files"]
         for file, entry in sorted(listed.items()):
             if store.digest(f"{name}/{file}") != entry["sha256"]:
-                store.put(folder / file, f"{name}/{file}")
+                store.send(folder / file, f"{name}/{file}", entry["sha256"])
                 sent += 1
-                if (found := store.digest(f"{name}/{file}")) != entry["sha256"]:
-                    raise DamagedArtifact(f"{url}/{name}/{file} has the sha256 {found} after it was sent")
             failpoint("publish.file")
         foreign = sorted(set(store.files(name)) - {*listed, MANIFEST})
         for file in foreign:
             store.remove(f"{name}/{file}")
         if store.digest(f"{name}/{MANIFEST}") != manifest:
-            store.put(folder / MANIFEST, f"{name}/{MANIFEST}")
+            store.send(folder / MANIFEST, f"{name}/{MANIFEST}", manifest)
             sent += 1
         failpoint("publish.manifest")
         if not latest:
@@ -114,11 +116,12 @@ def publish_to(
         before = store.pointer()
         history = [each for each in ([before.name, *before.before] if before else []) if each != name]
         pointer = Pointer(name=name, manifest=manifest, before=history[: keep - 1])
-        moved = before is None or (before.name, before.manifest) != (name, manifest)
+        moved = pointer != before
         if moved:
             store.write(LATEST, pretty_json(pointer.model_dump()))
         failpoint("publish.latest")
-        removed = history[keep - 1 :]
+        now = store.pointer()  # another publisher may have gone back to an old one
+        removed = [old for old in history[keep - 1 :] if now is None or old not in (now.name, *now.before)]
         for old in removed:
             store.remove_export(old)
         return Published(url=url, name=name, sent=sent, moved=moved, removed=removed)
@@ -177,10 +180,17 @@ class _Store:
             return None
         return found.hexdigest()
 
-    def put(self, source: Path, name: str) -> None:
+    def send(self, source: Path, name: str, digest: str) -> None:
+        """Send a file and read it back.
+
+        Raises:
+            DamagedArtifact: the store returns other bytes.
+        """
         path = self._path(name)
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         self._fs.put_file(str(source), path)
+        if (found := self.digest(name)) != digest:
+            raise DamagedArtifact(f"{path} has the sha256 {found} after it was sent, expected {digest}")
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a small file in one step."""
@@ -211,7 +221,10 @@ class _Store:
         except FileNotFoundError:
             return None
         except (ValueError, ValidationError) as error:
-            raise DamagedArtifact(f"{self._path(LATEST)} is not a pointer: {error}") from error
+            raise DamagedArtifact(
+                f"{self._path(LATEST)} is not a pointer: {error}",
+                fix="nothing was removed or pointed at; put the right one there, or remove it and publish again",
+            ) from error
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -61,14 +61,16 @@ def check_signature(folder: Path, public: Path) -> None:
     """Check that the holder of a key signed a folder's sums; whether the files are those of the sums is `verify_folder`'s.
 
     Raises:
-        MissingInput: the folder is not signed, or there is no such key.
+        MissingInput: the folder is not signed, there is no such key, or the package `cryptography` is not installed.
         ParamsError: the key is no Ed25519 public key in PEM.
         DamagedArtifact: somebody else signed it, or the sums were changed afterwards.
     """
-    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
+    try:
+        from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    except ImportError as error:
+        raise MissingInput("a signature is checked with cryptography", fix="pip install 'regraft[sign]'") from error
     if not (folder / SIGNATURE).is_file():
         raise MissingInput(
             f"{folder} is not signed: it has no {SIGNATURE}", fix=f"make it again where {VARIABLE} names the key"

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,18 @@ def compare(split: Callable[[str], list[int]], tokenizer: Any, vocabulary: Vocab
             fix="leave the gguf forms out of export.forms, and please report the tokenizer",
         )
     return len(pairs)
+
+
+def texts_of(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Return the texts that a prompt's ids can have been made of: a space before a piece may be its own or the tokenizer's."""
+
+    def decode(some: list[int]) -> str:
+        return str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    added = tokenizer.added_tokens_decoder
+    pieces = [list(piece) for _, piece in groupby(ids, key=lambda each: each if each in added else None)]
+    texts = dict.fromkeys((decode(ids), "".join(decode(piece) for piece in pieces)))
+    return [text for text in texts if list(tokenizer(text, add_special_tokens=False)["input_ids"]) == ids]
 
 
 def _normal(tokenizer: Any) -> Callable[[str, str], bool]:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from regraft.artifacts import verify_dir
 from regraft.errors import DamagedArtifact, Exit, PinMismatch, RegraftError
 from regraft.evaluate.params import EvaluateParams
+from regraft.export.genai import PACKAGES as ONNX_PACKAGES
 from regraft.export.params import Form, Source
 from regraft.export.report import Candidate, Parity, Reference, Scores
 from regraft.export.survival import Survived
@@ -118,9 +119,10 @@ def verify(job: Job) -> Scores:
         failpoint("export.verified")
     reference_file.unlink()
     environment = {name: version(name) for name in PACKAGES}
-    if any((entrant.form or "").startswith("gguf") for entrant in job.entrants):
-        with suppress(PackageNotFoundError):  # then it was not measured, and the form says so
-            environment |= {name: version(name) for name in GGUF_PACKAGES}
+    for kind, packages in (("gguf", GGUF_PACKAGES), ("onnx", ONNX_PACKAGES)):
+        if any((entrant.form or "").startswith(kind) for entrant in job.entrants):
+            with suppress(PackageNotFoundError):  # then it was not measured, and the form says so
+                environment |= {name: version(name) for name in packages}
     environment |= {"python": platform.python_version(), "device": _device_name(device())}
     environment["threads"] = str(torch.get_num_threads())
     return Scores(reference=reference, candidates=candidates, environment=dict(sorted(environment.items())))
@@ -140,6 +142,8 @@ def _measure(
             _check_assumed(entrant.assumed, quantized)
         if entrant.form is not None and entrant.form.startswith("gguf"):
             distance, mine = _by_llama(entrant.folder, job, rows, reference)
+        elif entrant.form is not None and entrant.form.startswith("onnx"):
+            distance, mine = _by_genai(entrant.folder, job, rows, reference)
         else:
             model, tokenizer = _loaded(entrant, job)
             distance = compare(reference, log_probabilities(model, rows, job.evaluate))
@@ -174,6 +178,19 @@ def _by_llama(folder: Path, job: Job, rows: list[Any], reference: Path) -> tuple
     model.check_tokens(rows, tokenizer)
     distance = compare(reference, model.log_probabilities(rows, job.evaluate))
     return distance, model.answers(rows, tokenizer, stop_tokens(None, tokenizer), job.evaluate)
+
+
+def _by_genai(folder: Path, job: Job, rows: list[Any], reference: Path) -> tuple[Any, list[Any]]:
+    """Let onnxruntime-genai tokenise, score and answer; it ends answers by its own settings."""
+    from regraft.export.genai import Genai
+    from regraft.export.parity import compare
+    from regraft.model.load import load_tokenizer, open_base
+
+    tokenizer = load_tokenizer(open_base(job.base))
+    model = Genai(folder, job.evaluate)
+    model.check_tokens(rows, tokenizer)
+    distance = compare(reference, model.log_probabilities(rows, job.evaluate))
+    return distance, model.answers(rows, tokenizer, job.evaluate)
 
 
 def _loaded(entrant: Entrant, job: Job) -> tuple[Any, Any]:

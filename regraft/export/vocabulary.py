@@ -76,7 +76,7 @@ def open_tokenizer(merged: Path) -> Any:
         raise ParamsError(
             f"transformers cannot load the tokenizer in {merged}: {reason}",
             fix="put a tokenizer.json there (`AutoTokenizer.from_pretrained(...).save_pretrained(...)` writes one; a "
-            "tokenizer.model alone needs the package sentencepiece), or leave the gguf forms out of export.forms",
+            "tokenizer.model alone needs the package sentencepiece), or leave that form out of export.forms",
         ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ParamsError(f"{type(tokenizer).__name__} has no tokenizer.json", fix=CONVERT)

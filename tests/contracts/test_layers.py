@@ -53,6 +53,8 @@ def test_a_stage_for_a_bare_gpu_host_needs_nothing_else(stage: str) -> None:
             beyond -= {"ruamel"}  # reads params.yaml, which a bare host gets as arguments
         if name == "regraft/export/llama.py":
             beyond -= {"llama_cpp"}  # reads a GGUF form; where it is not there, that form is refused
+        if name in ("regraft/export/genai.py", "regraft/export/onnx.py"):
+            beyond -= {"onnxruntime"}  # the forms of ONNX; without the extra they are refused
         if name == "regraft/export/signature.py":
             beyond -= {"cryptography"}  # only where a key is named; without it, that is refused
         if name == "regraft/train/preference.py":

@@ -64,6 +64,17 @@ def test_a_requantised_merge_that_loses_a_change_of_one_percent_is_refused_layer
     assert "Nothing was published" in str(refusal.value)
 
 
+def test_a_change_of_one_percent_in_the_dequantised_base_counts_as_kept_in_int8(tmp_path: Path) -> None:
+    """Beside the original weights, which are ten times such a change away, it would look lost."""
+    small.make_clone(tmp_path, size=0.016)
+
+    report = small.export_here(tmp_path, forms=["int8"], candidates=["dequantized"], **LAX)
+
+    (form,) = verify_export(tmp_path / "data/exports" / report.folder).forms
+    assert all(0.005 < each.relative < 0.02 for each in form.survival)
+    assert (overall(form.survival) or 0) > 0.65
+
+
 def test_an_architecture_or_a_tokenizer_that_gguf_does_not_know_is_refused(exported: Any, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     config = json.loads((exported.folder / "config.json").read_bytes())

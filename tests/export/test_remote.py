@@ -16,6 +16,7 @@ from regraft.cli import run
 from regraft.errors import DamagedArtifact, MissingInput, ParamsError, RegraftError, ServiceUnavailable
 from regraft.export.remote import LATEST, latest_at, publish_to
 from regraft.export.standalone import merge_adapter
+from regraft.export.whole import verify_folder
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,71 @@ def test_a_store_that_returns_other_bytes_than_it_got_is_found(
         latest_at(str(tmp_path / "store"))
 
 
+def test_a_store_that_loses_the_manifest_s_bytes_is_found_before_the_pointer_moves(
+    merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    def cut(_: Any, source: str, target: str, **__: Any) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[: -1 if target.endswith("manifest.json") else None])
+
+    old = publish_to(merges[0], str(tmp_path))
+    monkeypatch.setattr(LocalFileSystem, "put_file", cut)
+    with pytest.raises(DamagedArtifact, match=r"manifest\.json has the sha256 \w+ after it was sent"):
+        publish_to(merges[1], str(tmp_path))
+    assert latest_at(str(tmp_path)).name == old.name
+
+
+@pytest.mark.parametrize("change", [{"before": ["../victim"]}, {"name": ""}, {"name": "../victim"}, {"manifest": "x"}])
+def test_a_pointer_that_leads_out_of_the_store_is_refused_and_nothing_outside_is_touched(
+    merges: list[Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    store, victim = tmp_path / "store", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "keep.txt").write_text("mine")
+    publish_to(merges[0], str(store))
+    pointer = json.loads((store / LATEST).read_bytes())
+    (store / LATEST).write_text(json.dumps({**pointer, **change}))
+    before = small.contents(victim)
+
+    with pytest.raises(DamagedArtifact, match="is not a pointer") as refusal:
+        publish_to(merges[1], str(store), keep=1)
+
+    assert "latest.json" in str(refusal.value)
+    assert small.contents(victim) == before
+
+
+def test_the_pointer_names_only_what_is_still_there_when_fewer_are_kept(merges: list[Path], tmp_path: Path) -> None:
+    names = [publish_to(merge, str(tmp_path)).name for merge in merges[:3]]
+    assert latest_at(str(tmp_path)).before == [names[1], names[0]]
+
+    again = publish_to(merges[2], str(tmp_path), keep=2)
+
+    assert (again.removed, again.moved) == ([names[0]], True)
+    assert latest_at(str(tmp_path)).before == [names[1]]
+
+
+def test_what_another_publisher_points_at_meanwhile_is_not_removed(
+    merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regraft.export import remote
+
+    old = publish_to(merges[0], str(tmp_path))
+    first = (tmp_path / LATEST).read_bytes()
+    own = remote.failpoint
+
+    def meanwhile(name: str) -> None:
+        if name == "publish.latest":  # somebody went back to the old one, just now
+            (tmp_path / LATEST).write_bytes(first)
+        own(name)
+
+    monkeypatch.setattr(remote, "failpoint", meanwhile)
+    done = publish_to(merges[1], str(tmp_path), keep=1)
+
+    assert done.removed == []
+    assert latest_at(str(tmp_path)).name == old.name
+
+
 def test_a_store_that_cannot_be_written_says_so_and_can_be_tried_again(
     merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +225,17 @@ def test_a_folder_that_is_nothing_of_ours_or_damaged_is_named_with_what_to_do(
     with pytest.raises(DamagedArtifact, match=r"config\.json: .*\n  next: copy it again"):
         publish_to(copy, str(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"files": []}', '{"files": {"a": 3}}', '{"files": {"a": {"size": 1}}}']
+)
+def test_a_manifest_of_another_form_is_damage_and_no_bug(merges: list[Path], tmp_path: Path, text: str) -> None:
+    copy = shutil.copytree(merges[0], tmp_path / "copy")
+    (copy / "manifest.json").write_text(text)
+
+    with pytest.raises(DamagedArtifact, match=r"manifest\.json is no manifest: .*\n  next: copy it again"):
+        verify_folder(copy)
 
 
 def test_an_unknown_protocol_is_an_error(merges: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,12 @@ def test_an_unfit_key_is_said_before_anything_is_merged(tmp_path: Path, monkeypa
         check_signature(tmp_path, private)
     with pytest.raises(MissingInput, match=r"gone\.pem is missing"):
         check_signature(tmp_path, public.with_name("gone.pem"))
+
+
+def test_a_check_without_cryptography_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / SIGNATURE).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)
+
+    with pytest.raises(MissingInput, match=r"cryptography") as refusal:
+        check_signature(tmp_path, tmp_path / "public.pem")
+    assert "regraft[sign]" in str(refusal.value)
