@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class _Kind:
     packages: str
     ready: str
     command: Callable[[Path], list[str]]
+    asked: dict[str, Any] = field(default_factory=dict)
+    """What a request says beside OpenAI's protocol, so that answers are greedy."""
 
 
 def _gguf(folder: Path) -> list[str]:
@@ -69,6 +71,7 @@ _KINDS = {
         packages="'llama-cpp-python[server]'",
         ready="/v1/models",
         command=_gguf,
+        asked={"repeat_penalty": 1.0},  # its server's default is 1.1: other answers than those that were measured
     ),
 }
 
@@ -110,7 +113,7 @@ def serve_check(
     command = kind.command(folder.resolve())
     expected = _own_answers(folder, prompts, max_new_tokens)
     with _running(server, command) as url:
-        served = [_ask(url, folder, prompt, max_new_tokens) for prompt in prompts]
+        served = [_ask(url, folder, prompt, max_new_tokens, kind.asked) for prompt in prompts]
     problems = []
     for found, (text, stopped) in zip(served, expected, strict=True):
         if found.answer != text:
@@ -184,13 +187,14 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _ask(url: str, folder: Path, prompt: str, most: int) -> Served:
+def _ask(url: str, folder: Path, prompt: str, most: int, more: dict[str, Any]) -> Served:
     body = {
         "model": str(folder.resolve()),
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": most,
         "stream": False,
+        **more,
     }
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

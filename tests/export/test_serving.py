@@ -100,12 +100,33 @@ def test_transformers_server_answers_as_the_exported_files_do(exported: Any, cap
 
 
 @pytest.mark.service
-def test_llama_cpps_server_answers_as_the_merged_weights_do(exported: Any, tmp_path: Path, capsys: Any) -> None:
-    """Needs `make llama-cpp` and `llama-cpp-python[server]`."""
+def test_llama_cpps_server_answers_as_the_file_does(
+    exported: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Needs `make llama-cpp` and `llama-cpp-python[server]`. The tiny model's answers are near ties, so the file is asked."""
     pytest.importorskip("llama_cpp.server.app")
+    from llama_cpp import Llama
+
     clone = exported.copy(tmp_path / "clone")
     folder = clone.exports / small.export_here(clone.root, forms=["gguf-f16"], **small.LAX).folder
+    prompts = ["where is my lamp", "refund"]
 
-    asked = ["--prompt", "where is my lamp", "--prompt", "refund"]
-    assert run(["serve", str(folder), "--check", "--server", "llama.cpp", *asked]) == 0
+    def own(folder: Path, prompts: list[str], most: int) -> list[tuple[str, bool]]:
+        model = Llama(str(folder / "gguf-f16/model.gguf"), n_ctx=0, verbose=False)
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        choices = [
+            model.create_chat_completion(messages, max_tokens=most, temperature=0)["choices"][0] for messages in asked
+        ]
+        return [(each["message"]["content"], each["finish_reason"] == "stop") for each in choices]
+
+    monkeypatch.setattr(serving, "_own_answers", own)
+
+    assert run(["serve", str(folder), "--check", "--server", "llama.cpp", *_asking(prompts)]) == 0
     assert capsys.readouterr().out.count(" ms)") == 2
+
+    monkeypatch.setattr(serving, "_own_answers", lambda *_: [("something else", True)] * 2)
+    assert run(["serve", str(folder), "--check", "--server", "llama.cpp", *_asking(prompts)]) == 3
+
+
+def _asking(prompts: list[str]) -> list[str]:
+    return [word for prompt in prompts for word in ("--prompt", prompt)]
