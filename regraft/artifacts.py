@@ -189,7 +189,7 @@ def verify_dir(folder: Path) -> str:
         DamagedArtifact: a file is missing, foreign, or its bytes differ; the message names all of them.
     """
     digest = dir_digest(folder)
-    listed = read_json(folder / MANIFEST).get("files", {})
+    listed = _listed(folder)
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
     problems = [f"{name}: not in the manifest" for name in sorted(present - set(listed))]
     for name, entry in sorted(listed.items()):
@@ -203,6 +203,22 @@ def verify_dir(folder: Path) -> str:
     if problems:
         raise DamagedArtifact(f"{folder} is damaged: " + "; ".join(problems))
     return digest
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what a manifest lists; whoever sent the folder may have written it."""
+    content = read_json(folder / MANIFEST)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        raise DamagedArtifact(f"{folder / MANIFEST} is no manifest: it has no `files`")
+    for name, entry in files.items():
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("size")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise DamagedArtifact(f"{folder / MANIFEST} is no manifest: {name} has not a `size` and a `sha256`")
+    return files
 
 
 @contextmanager

@@ -110,7 +110,8 @@ def modelfile(added: dict[int, str], config: dict[str, Any]) -> str:
         config: the model's `config.json`.
     """
     stops = [text for number, text in added.items() if number in _ids(config.get("eos_token_id"))]
-    lines = [f"FROM ./{MODEL}", "PARAMETER temperature 0"]
+    # Ollama's default penalty is 1.1 (https://docs.ollama.com/modelfile): JSON repeats its quotes, and so must an answer.
+    lines = [f"FROM ./{MODEL}", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0"]
     return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops)]) + "\n"
 
 

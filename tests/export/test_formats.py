@@ -105,7 +105,7 @@ def test_gguf_without_its_extra_says_what_to_install(tmp_path: Path, monkeypatch
 
 def test_a_modelfile_stops_at_the_models_end_tokens() -> None:
     assert modelfile({2: '<|im_"end|>', 3: "<|x|>"}, {"eos_token_id": 2}) == (
-        'FROM ./model.gguf\nPARAMETER temperature 0\nPARAMETER stop "<|im_\\"end|>"\n'
+        'FROM ./model.gguf\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1.0\nPARAMETER stop "<|im_\\"end|>"\n'
     )
 
 
