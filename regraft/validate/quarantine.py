@@ -1,7 +1,8 @@
 """Where rows go: accepted ones to rows.parquet, the others to quarantine.parquet with reasons and masked.
 
-In quarantine.parquet every `Reason` has a column of its own, whether it occurs or not, so that the schema is the same for every
-run and a reason is counted by a sum; `reasons` lists those that are true, in the same order, for who reads a row. Both files hold the rows in the order in which they were read, in row groups of a fixed size, and no time: the same rows
+In quarantine.parquet every `Reason` has a column of its own, whether it occurs or not, so that the schema is the same for
+every run and a reason is counted by a sum; `reasons` lists those that are true, in the same order, for who reads a row.
+Both files hold the rows in the order in which they were read, in row groups of a fixed size, and no time: the same rows
 give the same bytes.
 """
 
