@@ -17,8 +17,6 @@ from regraft.export.gguf import modelfile, write_gguf
 from regraft.export.survival import overall
 from regraft.layout import Layout
 
-LAX = {"max_mean_kl": 0.1, "max_form_mean_kl": 1.0, "min_form_top1_agreement": 0.5, "max_exact_match_drop": 1.0}
-
 
 @pytest.mark.extended
 def test_forms_are_published_beside_the_weights_each_loaded_and_measured(exported: Any, tmp_path: Path) -> None:
@@ -27,7 +25,7 @@ def test_forms_are_published_beside_the_weights_each_loaded_and_measured(exporte
 
     clone = exported.copy(tmp_path / "clone")
 
-    report = small.export_here(clone.root, forms=["adapter", "nf4", "int8"], **LAX)
+    report = small.export_here(clone.root, forms=["adapter", "nf4", "int8"], **small.LAX)
 
     folder = clone.exports / report.folder
     certificate = verify_export(folder)
@@ -49,7 +47,7 @@ def test_a_requantised_merge_that_loses_a_change_of_one_percent_is_refused_layer
     small.make_clone(tmp_path, size=0.016)
 
     with pytest.raises(GateRefused, match=r"least left in model\.layers\.\d\.\S+: cosine 0?-?\.?\d") as refusal:
-        small.export_here(tmp_path, forms=["nf4"], candidates=["dequantized"], **LAX)
+        small.export_here(tmp_path, forms=["nf4"], candidates=["dequantized"], **small.LAX)
 
     (file,) = (tmp_path / "data/exports/refused").iterdir()
     certificate = json.loads(file.read_bytes())
@@ -68,7 +66,7 @@ def test_a_change_of_one_percent_in_the_dequantised_base_counts_as_kept_in_int8(
     """Beside the original weights, which are ten times such a change away, it would look lost."""
     small.make_clone(tmp_path, size=0.016)
 
-    report = small.export_here(tmp_path, forms=["int8"], candidates=["dequantized"], **LAX)
+    report = small.export_here(tmp_path, forms=["int8"], candidates=["dequantized"], **small.LAX)
 
     (form,) = verify_export(tmp_path / "data/exports" / report.folder).forms
     assert all(0.005 < each.relative < 0.02 for each in form.survival)
@@ -158,7 +156,7 @@ def test_llama_cpp_reads_what_was_exported_as_transformers_does(exported: Any, t
     from regraft.export.llama import LlamaCpp
 
     clone = exported.copy(tmp_path / "clone")
-    report = small.export_here(clone.root, forms=["gguf-f16", "gguf-q8_0"], **LAX)
+    report = small.export_here(clone.root, forms=["gguf-f16", "gguf-q8_0"], **small.LAX)
     folder = clone.exports / report.folder
     half, eighth = verify_export(folder).forms
     assert half.parity is not None

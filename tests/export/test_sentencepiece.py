@@ -17,8 +17,6 @@ from regraft.export.sentencepiece import TEMPLATE_SPACE
 from regraft.export.tokens import compare
 from regraft.export.vocabulary import open_tokenizer, read_vocabulary
 
-LAX = {"max_mean_kl": 0.1, "max_form_mean_kl": 1.0, "min_form_top1_agreement": 0.5, "max_exact_match_drop": 1.0}
-
 
 def written(tmp_path: Path, family: str, kind: str | None = None, **more: Any) -> tuple[Path, Any, Any]:
     """A GGUF file, the tokenizer that it was made of, and what was made of it."""
@@ -262,7 +260,7 @@ def test_an_export_with_a_sentencepiece_tokenizer_is_measured_by_llama_cpp(tmp_p
         attention="eager" if family == "gemma" else "sdpa",
         forms=["gguf-f16"],
         candidates=["dequantized"],
-        **LAX,
+        **small.LAX,
     )
 
     certificate = verify_export(tmp_path / "data/exports" / report.folder)
