@@ -1,6 +1,7 @@
 """Preparation and validation at size: ours, TRL's, and the bare tokenizer, on rows made from GSM8K.
 
-    .venv/bin/python bench/data.py [--rows 200000] [--trl FOLDER] [--large 1000000] [--validate 1000000] [--json bench/results/data.json]
+    .venv/bin/python bench/data.py [--rows 200000] [--trl FOLDER] [--llamafactory PYTHON] [--near 200000] [--large 1000000]
+        [--validate 1000000] [--json bench/results/data.json]
 
 The rows are GSM8K's questions, each with a row number before it (so none is a duplicate), and their answers; the tokenizer
 is a byte-level BPE trained on them. Measured in one run, each in a process of its own, imports included:

@@ -22,7 +22,9 @@ class AheadReader(Reader):
     def __init__(self, path: Path, order: Sequence[str]) -> None:
         super().__init__(path)
         self._beside, self._order = Reader(path), order
-        self._ready: queue.Queue[_Ready | None] = queue.Queue(RING - 3)  # one is filled, one waits, one is worked on
+        self._ready: queue.Queue[_Ready | None] = queue.Queue(
+            RING - 3
+        )  # beside what is filled, handed over and worked on
         self._next: _Ready | None = None
         self._ended = self._closing = False
         self._thread = threading.Thread(target=self._read_all, daemon=True)

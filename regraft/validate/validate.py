@@ -22,6 +22,7 @@ import pyarrow as pa
 from regraft.artifacts import commit_dir
 from regraft.errors import DataError, GateRefused, ParamsError
 from regraft.failpoints import failpoint
+from regraft.processes import collect_seldom
 from regraft.validate.expectations import Counts, Expected, expected
 from regraft.validate.forgotten import FORGET, shape_of
 from regraft.validate.forgotten import load as load_forgotten
@@ -173,7 +174,7 @@ class _Tally:
 def _fewer_collections() -> Iterator[None]:
     """Let the collector of cycles look less often: rows hold none, and looking at them took a third of the time."""
     before = gc.get_threshold()
-    gc.set_threshold(200_000, 50, 100)
+    collect_seldom()
     try:
         yield
     finally:

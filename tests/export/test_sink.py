@@ -100,3 +100,8 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
         Sink(tmp_path / "file")
 
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_memory_in_pieces_is_refused_before_a_thread_has_it(tmp_path: Path) -> None:
+    with pytest.raises(TypeError), Sink(tmp_path / "file") as file:
+        file.put(memoryview(bytes(10))[::2])
