@@ -107,3 +107,14 @@ def _fresh_failpoints() -> None:
     from regraft import failpoints
 
     failpoints._passages.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_prefect_beside_a_property(request: pytest.FixtureRequest) -> None:
+    """Stop the services that flows left in this process before a test of Hypothesis runs.
+
+    Their websocket draws from the global `random` for each ping, and Hypothesis takes that for a strategy which does.
+    """
+    worker = sys.modules.get("prefect.events.worker")
+    if worker is not None and getattr(request.function, "is_hypothesis_test", False):
+        worker.EventsWorker.drain_all(timeout=60)
