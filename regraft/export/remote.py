@@ -46,6 +46,8 @@ class Pointer(BaseModel):
     """sha256 of the export's manifest.json."""
     before: list[Name] = []
     """Names of what was latest before, newest first; those that are still there."""
+    leaving: list[Name] = []
+    """Names of what was to be removed once this was written; a publication removes what one before it left of them."""
 
 
 class Published(BaseModel):
@@ -115,13 +117,16 @@ def publish_to(
             return Published(url=url, name=name, sent=sent, moved=False, removed=[])
         before = store.pointer()
         history = [each for each in ([before.name, *before.before] if before else []) if each != name]
-        pointer = Pointer(name=name, manifest=manifest, before=history[: keep - 1])
-        moved = pointer != before
+        left = [each for each in before.leaving if each not in (name, *history) and store.has(each)] if before else []
+        pointer = Pointer(
+            name=name, manifest=manifest, before=history[: keep - 1], leaving=[*history[keep - 1 :], *left]
+        )
+        moved = before is None or pointer.model_copy(update={"leaving": before.leaving}) != before
         if moved:
             store.write(LATEST, pretty_json(pointer.model_dump()))
         failpoint("publish.latest")
         now = store.pointer()  # another publisher may have gone back to an old one
-        removed = [old for old in history[keep - 1 :] if now is None or old not in (now.name, *now.before)]
+        removed = [old for old in pointer.leaving if now is None or old not in (now.name, *now.before)]
         for old in removed:
             store.remove_export(old)
         return Published(url=url, name=name, sent=sent, moved=moved, removed=removed)
@@ -203,6 +208,10 @@ class _Store:
         folder = self._path(name)
         for path in self._fs.find(folder) if self._fs.exists(folder) else []:
             yield str(path).partition(f"{folder.lstrip('/')}/")[2]
+
+    def has(self, name: str) -> bool:
+        """Say whether there is anything of an export."""
+        return next(self.files(name), None) is not None
 
     def remove(self, name: str) -> None:
         self._fs.rm_file(self._path(name))

@@ -157,6 +157,40 @@ def test_the_pointer_names_only_what_is_still_there_when_fewer_are_kept(merges: 
     assert latest_at(str(tmp_path)).before == [names[1]]
 
 
+@pytest.mark.parametrize("later", [1, 2])
+def test_what_a_publication_left_behind_the_next_one_removes(
+    merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
+) -> None:
+    old = publish_to(merges[0], str(tmp_path)).name
+    monkeypatch.setenv("REGRAFT_FAILPOINT", "publish.latest@1=EIO")
+    with pytest.raises(RegraftError, match="cannot be written"):
+        publish_to(merges[1], str(tmp_path), keep=1)
+    monkeypatch.delenv("REGRAFT_FAILPOINT")
+    assert (tmp_path / old).is_dir()
+
+    done = publish_to(merges[later], str(tmp_path), keep=2)
+
+    assert (done.removed, done.moved) == ([old], later == 2)
+    assert not (tmp_path / old).exists()
+    again = publish_to(merges[later], str(tmp_path), keep=2)
+    assert (again.removed, again.moved) == ([], False)
+
+
+def test_what_was_to_be_removed_and_is_published_again_stays(
+    merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_to(merges[0], str(tmp_path))
+    monkeypatch.setenv("REGRAFT_FAILPOINT", "publish.latest@1=EIO")
+    with pytest.raises(RegraftError, match="cannot be written"):
+        publish_to(merges[1], str(tmp_path), keep=1)
+    monkeypatch.delenv("REGRAFT_FAILPOINT")
+
+    back = publish_to(merges[0], str(tmp_path), keep=2)
+
+    assert (back.removed, latest_at(str(tmp_path)).leaving) == ([], [])
+    verify_folder(tmp_path / back.name)
+
+
 def test_what_another_publisher_points_at_meanwhile_is_not_removed(
     merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
