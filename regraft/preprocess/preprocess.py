@@ -79,21 +79,22 @@ def preprocess(
             scratch = tempfile.TemporaryDirectory(prefix=f".shards-of-{out.name}-", dir=out.parent)
             cache = Path(stack.enter_context(scratch))
         store = Cache(cache.absolute())
-        workers = stack.enter_context(Workers(params, opened, path, store))
-        shards = list(cut(path))
-        table = _look(workers, shards, store, params, root or Path())
-        workers.load_tokenizer()
-        _check_context(workers.tokenizer, params, opened.name)
-        chat = open_chat(workers.tokenizer)
         common = {
             "code": code_digest(),
             "params": params.model_dump(
                 exclude={"holdout", "leaks", "max_dropped_share", "mix", "near_duplicates", "replay"}
             ),
             "tokenizer": opened.report.tokenizer_digest,
-            "template": template_digest(workers.tokenizer),
             "libraries": versions(),
         }
+        purpose = digest_json(common)
+        workers = stack.enter_context(Workers(params, opened, path, store, purpose))
+        shards = list(cut(path))
+        table = _look(workers, shards, store, params, root or Path())
+        workers.load_tokenizer()
+        _check_context(workers.tokenizer, params, opened.name)
+        chat = open_chat(workers.tokenizer)
+        common["template"] = template_digest(workers.tokenizer)
         entries = _prepare(workers, shards, store, table, common)
         parts = [Part.model_validate(read_json(entry / PART)) for entry in entries]
         counts = table.counts(parts)
@@ -130,7 +131,8 @@ def preprocess(
             )
             report.save(folder / "report.json")
         keep_tokenizer(workers.tokenizer, store, workers.kept)
-        store.keep({entry.name for entry in entries} | {workers.kept, *table.entries}, spare=2 * len(shards) + 16)
+        used = [*table.entries, workers.kept, *(entry.name for entry in entries)]
+        store.keep(used, spare=2 * len(shards) + 16, purpose=purpose)
     log.info(
         "preprocess: %d rows: %d to train on (%d tokens in %d blocks), %d held out, %d left out; %d of %d shards made anew",
         report.counts.rows_in,

@@ -7,15 +7,16 @@ outside the stage's outputs: a run with the cache and one without give the same 
 """
 
 import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.artifacts import commit_dir, digest_file, verify_dir
+from regraft.artifacts import commit_dir, digest_file, read_json, verify_dir
 from regraft.errors import DamagedArtifact, DataError, MissingInput
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 _LEAST, _MOST = 8_192, 16_384  # rows of a shard that its content ends
 _LEAST_OF_SOURCE = 1_024  # rows from which the end of a source ends a shard
 _ENDS = "000"  # what the id of a last row starts with: one in 4,096
+_NOTE = "last.json"  # in a cache
 _TEXTS, _NO_TEXTS = 1_024, 16_384  # rows read at once, with their messages and without
 
 
@@ -175,12 +177,29 @@ class Cache:
         """Return a context in which an entry is written; see `commit_dir`. `find` verifies it, so nobody waits for the disk."""
         return commit_dir(self.folder(digest), durable=False)
 
-    def keep(self, used: set[str], spare: int) -> None:
-        """Remove entries that were not used now, but for the `spare` ones that were used last."""
-        others = [each for each in self.root.iterdir() if each.name not in used and not each.name.startswith(".")]
+    def keep(self, used: Sequence[str], spare: int, purpose: str) -> None:
+        """Remove entries that were not used now, but for the `spare` ones that were used last.
+
+        Those that were used are noted, in their order, as what a later run for the same purpose is likely to use.
+        """
+        new = self.root / f".{_NOTE}"
+        new.write_text(json.dumps({"purpose": purpose, "used": list(used)}), encoding="utf-8")
+        new.replace(self.root / _NOTE)
+        ours = {*used, _NOTE}
+        others = [each for each in self.root.iterdir() if each.name not in ours and not each.name.startswith(".")]
         others.sort(key=lambda each: (-each.stat().st_mtime, each.name))
         for folder in others[spare:]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def noted(self, purpose: str) -> list[str]:
+        """Return what `keep` noted last, if that was for the same purpose and can be read."""
+        try:
+            note = read_json(self.root / _NOTE)
+        except (DamagedArtifact, MissingInput):
+            return []
+        if not isinstance(note, dict) or note.get("purpose") != purpose or not isinstance(note.get("used"), list):
+            return []
+        return [each for each in note["used"] if isinstance(each, str)]
 
 
 def put(source: Path, destination: Path) -> None:

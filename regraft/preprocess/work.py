@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from regraft.chat import open_chat
 from regraft.cluster import ADDRESS, ClusterFuture, ClusterPool
+from regraft.preprocess.ahead import Ahead
 from regraft.preprocess.cluster import cluster_pool
 from regraft.preprocess.keys import load_keys, read_keys
 from regraft.preprocess.params import PreprocessParams
@@ -60,13 +61,15 @@ class _Task:
 class Workers:
     """Does the work on shards; a context, which ends its processes."""
 
-    def __init__(self, params: PreprocessParams, base: "Base", path: Path, store: Cache) -> None:
+    def __init__(self, params: PreprocessParams, base: "Base", path: Path, store: Cache, purpose: str) -> None:
+        """`purpose` is what the entries are made for, besides the rows: see `Cache.keep`."""
         self._params, self._base, self._path, self._store = params, base, path.absolute(), store
         self.tokenizer: Any = None
         self.kept = ""
         """The cache's name of the tokenizer."""
         self.made = 0
         self._pool: ProcessPoolExecutor | ClusterPool | None = None
+        self._ahead = Ahead(store, purpose)
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +77,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ahead.end()
         self._end()
 
     def load_tokenizer(self) -> None:
@@ -146,13 +150,14 @@ class Workers:
         """Return which entries are not there whole, of those not to be skipped; hashing leaves the interpreter's lock."""
         some = [i for i, shard in enumerate(shards) if shard.rows and i not in skip]
         with ThreadPoolExecutor(cores()) as threads:
-            found = list(threads.map(self._store.find, [entries[i] for i in some]))
+            found = list(threads.map(self._ahead.find, [entries[i] for i in some]))
         return [i for i, folder in zip(some, found, strict=True) if folder is None]
 
     def _start(self) -> "ProcessPoolExecutor | ClusterPool":
         if address := os.environ.get(ADDRESS, ""):
             self._pool = cluster_pool(address, self._params, self._base)
             return self._pool
+        self._ahead.end()
         if FORKED:
             _inherited["tokenizer"] = self.tokenizer
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer looks for it when its process is forked

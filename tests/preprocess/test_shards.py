@@ -2,17 +2,20 @@
 
 import random
 import shutil
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from regraft.artifacts import verify_dir
-from regraft.preprocess import shards
+from regraft.artifacts import read_json, verify_dir
+from regraft.preprocess import shards, work
 from regraft.preprocess.params import HoldoutParams, PreprocessParams
 from regraft.preprocess.preprocess import preprocess
-from regraft.preprocess.shards import cut
+from regraft.preprocess.shards import Cache, cut
 
 PARAMS = PreprocessParams(max_length=128, holdout=HoldoutParams(share=0.1))
 
@@ -163,4 +166,51 @@ def test_entries_that_were_not_used_lately_are_removed(
     for i in range(14):
         some = write_rows(talk_rows(60, 1000 * i), f"rows-{i}")
         preprocess(PARAMS, base=tokenizer_base, rows=some, out=tmp_path / "out", cache=cache)
-    assert len(list(cache.iterdir())) == 3 + 18  # the tokenizer, two for one shard, and what is spared
+    assert len(list(cache.iterdir())) == 1 + 3 + 18  # the note, the tokenizer, two for one shard, and what is spared
+
+
+@pytest.mark.usefixtures("small")
+def test_an_increment_verifies_each_entry_that_it_takes_over_once(
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, cache = talk_rows(600), tmp_path / "cache"
+    preprocess(PARAMS, base=tokenizer_base, rows=write_rows(rows, "few"), out=tmp_path / "first", cache=cache)
+    before = read_json(cache / "last.json")["used"]
+    verified: list[tuple[str, bool]] = []
+    find = Cache.find
+
+    def recorded(self: Cache, digest: str) -> Path | None:
+        verified.append((digest, threading.current_thread() is threading.main_thread()))
+        return find(self, digest)
+
+    monkeypatch.setattr(Cache, "find", recorded)
+    more = write_rows([*rows, *talk_rows(6, 900)], "more")
+    preprocess(PARAMS, base=tokenizer_base, rows=more, out=tmp_path / "second", cache=cache)
+    [tokenizer] = [name for name in before if (cache / name / "tokenizer.json").exists()]
+    again = {*before} & {*read_json(cache / "last.json")["used"]} - {tokenizer}
+    assert len(again) > 10
+    times = Counter(name for name, _ in verified)
+    assert {name: times[name] for name in again} == dict.fromkeys(again, 1)
+    assert any(not main for name, main in verified if name in again)
+
+
+@pytest.mark.usefixtures("small")
+def test_no_process_is_forked_while_what_was_noted_is_verified(
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_LITTLE", 0)
+    monkeypatch.setenv("REGRAFT_WORKERS", "2")
+    cache, folder = tmp_path / "cache", write_rows(talk_rows(200), "few")
+    preprocess(PARAMS, base=tokenizer_base, rows=folder, out=tmp_path / "first", cache=cache)
+    running: list[int] = []
+    pool = work.ProcessPoolExecutor
+
+    def watched(*given: Any, **named: Any) -> Any:
+        running.append(threading.active_count())
+        return pool(*given, **named)
+
+    monkeypatch.setattr(work, "ProcessPoolExecutor", watched)
+    monkeypatch.setattr(Cache, "find", lambda _, __: time.sleep(0.2))  # slow, and nothing is whole
+    beside = threading.active_count()
+    preprocess(PARAMS, base=tokenizer_base, rows=folder, out=tmp_path / "second", cache=cache)
+    assert running == [beside, beside]
