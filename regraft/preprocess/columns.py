@@ -8,7 +8,7 @@ those that took the short way, to be compared.
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _COMPARED = 256  # one conversation of so many takes both ways
 _RETOKENISED = 64  # one of so many is tokenised again, by the tokenizer as it is
-_TOKENISED = 128  # texts at once: what the tokenizer says of more does not stay in a core's cache
+_TOKENISED, _LONG = 128, 2**20  # texts and characters at once: what is said of more does not stay in a core's cache
 
 
 @dataclass
@@ -299,12 +299,24 @@ def _tokenised(rust: Any, written: Sequence[str]) -> tuple["np.ndarray", "np.nda
     import numpy as np
 
     lengths, ids = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-    for first in range(0, len(written), _TOKENISED):
-        encodings = rust.encode_batch_fast(written[first : first + _TOKENISED], add_special_tokens=False)
+    for some_texts in _batches(written):
+        encodings = rust.encode_batch_fast(some_texts, add_special_tokens=False)
         some = [each.ids for each in encodings]
         lengths.append(np.fromiter(map(len, some), np.int64, len(some)))
         ids.append(np.fromiter(chain.from_iterable(some), np.int32, int(lengths[-1].sum())))
     return np.concatenate(lengths), np.concatenate(ids)
+
+
+def _batches(written: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield texts in batches of at most `_TOKENISED` and, unless one is longer, of at most `_LONG` characters."""
+    first = 0
+    while first < len(written):
+        end, characters = first + 1, len(written[first])
+        while end < min(len(written), first + _TOKENISED) and characters + len(written[end]) <= _LONG:
+            characters += len(written[end])
+            end += 1
+        yield written[first:end]
+        first = end
 
 
 @lru_cache(maxsize=2)

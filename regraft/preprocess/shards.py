@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,9 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow")
 
 _LEAST, _MOST = 8_192, 16_384  # rows of a shard that its content ends
 _LEAST_OF_SOURCE = 1_024  # rows from which the end of a source ends a shard
-_ENDS = "000"  # what the id of a last row starts with: one in 4,096
+_DIGITS = 3  # zeros that the id of a last row starts with: one in 4,096
+_LONG = 1_024  # bytes of a row; where rows are twice as long on average, shards have half the rows, and so on
+_FEWER = 1_024  # how many times fewer at most
 _NOTE = "last.json"  # in a cache
 _TEXTS, _NO_TEXTS = 1_024, 16_384  # rows read at once, with their messages and without
 
@@ -49,9 +52,15 @@ class Shard:
 
 
 def cut(path: Path) -> Iterator[Shard]:
-    """Yield the shards of `rows.parquet`, reading only the columns that do not hold texts."""
+    """Yield the shards of `rows.parquet`, reading only the columns that do not hold texts.
+
+    Where rows are long on average, shards have fewer, so that one fits into the memory of a process and every core gets
+    some: a power of two times fewer, so that new rows hardly ever change it; then all are made anew.
+    """
     import pyarrow as pa
 
+    fewer = _fewer(path)
+    least, most, of_source = _LEAST // fewer, _MOST // fewer, _LEAST_OF_SOURCE // fewer
     waiting: list[pa.Table] = []
     count = first = number = 0
 
@@ -67,28 +76,49 @@ def cut(path: Path) -> Iterator[Shard]:
     for batch in read_batches(path, ("row_id", "source", "line", "at"), size=_NO_TEXTS):
         table = pa.Table.from_batches([batch])
         offset = 0
-        for place, changed in _candidates(batch, previous):
+        for place, changed in _candidates(batch, previous, fewer):
             end_of = place if changed else place + 1
             waiting.append(table.slice(offset, end_of - offset))
             count, offset = count + end_of - offset, end_of
-            while count > _MOST:
-                yield made(_MOST)
-            if count >= (_LEAST_OF_SOURCE if changed else _LEAST):
+            while count > most:
+                yield made(most)
+            if count >= (of_source if changed else least):
                 yield made(count)
         waiting.append(table.slice(offset))
         count += batch.num_rows - offset
-        while count > _MOST:
-            yield made(_MOST)
+        while count > most:
+            yield made(most)
         previous = batch["source"][-1].as_py() if batch.num_rows else previous
     if count:
         yield made(count)
 
 
-def _candidates(batch: "pa.RecordBatch", previous: str | None) -> list[tuple[int, bool]]:
+def _fewer(path: Path) -> int:
+    """Return how many times fewer rows a shard has than of short rows, by the mean size of a row: a power of two."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    size = sum(found.row_group(i).total_byte_size for i in range(found.num_row_groups))
+    times = size // (_LONG * max(found.num_rows, 1))
+    return min(1 << max(times.bit_length() - 1, 0), _FEWER)
+
+
+def _starts(fewer: int) -> list[str]:
+    """Return what ids of last rows start with: one of 4,096, and so many times more, starts with one of these."""
+    digits, bits = divmod(fewer.bit_length() - 1, 4)
+    return [f"{'0' * (_DIGITS - digits - 1)}{last:x}" for last in range(1 << bits)]
+
+
+def _candidates(batch: "pa.RecordBatch", previous: str | None, fewer: int) -> list[tuple[int, bool]]:
     """Return (place, True) where another source begins and (place, False) of rows that may be a shard's last."""
     import pyarrow.compute as pc
 
-    ends: list[Any] = pc.indices_nonzero(pc.starts_with(batch["row_id"], _ENDS)).to_pylist()
+    starts = [pc.starts_with(batch["row_id"], start) for start in _starts(fewer)]
+    ends: list[Any] = pc.indices_nonzero(reduce(pc.or_, starts)).to_pylist()
     found = [(place, False) for place in ends]
     sources = batch["source"]
     if batch.num_rows > 1:
@@ -147,7 +177,11 @@ def read_batches(
                 else:
                     at += rows
     except (pa.ArrowException, KeyError) as error:
-        raise DataError(f"{path} cannot be read: {error}", fix="dvc repro validate") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read: {error}", fix="dvc repro validate")
 
 
 class Cache:

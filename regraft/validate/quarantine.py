@@ -2,8 +2,8 @@
 
 In quarantine.parquet every `Reason` has a column of its own, whether it occurs or not, so that the schema is the same for
 every run and a reason is counted by a sum; `reasons` lists those that are true, in the same order, for who reads a row.
-Both files hold the rows in the order in which they were read, in row groups of a fixed size, and no time: the same rows
-give the same bytes.
+Both files hold the rows in the order in which they were read, in row groups whose sizes follow from the rows alone, and no
+time: the same rows give the same bytes.
 """
 
 import re
@@ -13,7 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from regraft.messages import EXTRAS
@@ -51,7 +53,7 @@ PREFERENCES = pa.schema({**_ROWS, "rejected": pa.string(), "wanted": pa.bool_()}
 """Of accepted rows that are preferences: the other answer of a pair, or whether the one answer is wanted."""
 QUARANTINE = pa.schema([*pa.schema(_QUARANTINE), *(pa.field(each, pa.bool_(), nullable=False) for each in _REASONS)])
 """Columns of quarantine.parquet: where a row is, what is kept of it, and of each reason whether it is one."""
-_GROUP = 10_000  # rows of a row group
+_GROUP, _GROUP_BYTES = 10_000, 64 * 2**20  # rows of a row group, and bytes of text from which on it has fewer
 _SHOWN = 2_000  # characters of a quarantined row
 _LOOKED_AT = 20_000  # characters masked before the cut, so that what the cut divides is masked too
 _LONG_NUMBER = 1_000_000
@@ -59,28 +61,33 @@ _ESCAPE = re.compile(r"\\u00([0-7][0-9a-fA-F])")
 
 
 class ParquetRows:
-    """A Parquet file written a row group of `_GROUP` rows at a time, whatever the tables that it is given."""
+    """A Parquet file of row groups of `_GROUP` rows, or of fewer long ones, whatever the tables that it is given."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._writer = pq.ParquetWriter(path, schema, compression="zstd")
         self._waiting: list[pa.Table] = []
-        self._rows = 0
+        self._rows = self._bytes = 0
         self.count = 0
 
     def add(self, table: pa.Table) -> None:
         """Append rows."""
-        self._waiting.append(table)
-        self._rows += table.num_rows
         self.count += table.num_rows
-        while self._rows >= _GROUP:
-            self._write()
+        ends = np.cumsum(_sizes(table))
+        start = before = 0
+        while start < table.num_rows:
+            full = int(np.searchsorted(ends, before + _GROUP_BYTES - self._bytes)) + 1
+            end = min(start + _GROUP - self._rows, full, table.num_rows)
+            self._waiting.append(table.slice(start, end - start))
+            self._rows += end - start
+            self._bytes += int(ends[end - 1]) - before
+            start, before = end, int(ends[end - 1])
+            if self._rows == _GROUP or self._bytes >= _GROUP_BYTES:
+                self._write()
 
     def _write(self) -> None:
-        table = pa.concat_tables(self._waiting)
-        self._writer.write_table(table.slice(0, _GROUP).combine_chunks(), row_group_size=_GROUP)
-        rest = table.slice(_GROUP)
-        self._waiting = [rest] if rest.num_rows else []
-        self._rows = rest.num_rows
+        self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks(), row_group_size=_GROUP)
+        self._waiting = []
+        self._rows = self._bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +100,26 @@ class ParquetRows:
                 self._write()
         finally:
             self._writer.close()
+
+
+def _sizes(table: pa.Table) -> np.ndarray:
+    """Return how many bytes of text each row has, in all columns and at any depth."""
+
+    def of(values: Any) -> np.ndarray:
+        if pa.types.is_string(values.type):
+            lengths: np.ndarray = pc.fill_null(pc.binary_length(values), 0).to_numpy(zero_copy_only=False)
+            return lengths
+        if pa.types.is_struct(values.type):
+            return sum(map(of, values.flatten()), np.zeros(len(values), np.int64))
+        if pa.types.is_list(values.type) or pa.types.is_map(values.type):
+            ends = np.concatenate([[0], np.cumsum(of(values.values))])
+            return np.diff(ends[values.offsets.to_numpy()])
+        return np.zeros(len(values), np.int64)
+
+    sizes = np.zeros(table.num_rows, np.int64)
+    for column in table.columns:
+        sizes += np.concatenate([np.empty(0, np.int64), *map(of, column.chunks)])
+    return sizes
 
 
 def accepted(

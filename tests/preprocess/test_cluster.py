@@ -39,7 +39,7 @@ def test_two_nodes_make_the_same_bytes_as_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = write_rows(rows_of_talk())
-    for name, value in (("_LEAST", 40), ("_MOST", 90), ("_ENDS", "0")):
+    for name, value in (("_LEAST", 40), ("_MOST", 90), ("_DIGITS", 1)):
         monkeypatch.setattr(shards, name, value)
     preprocess(PARAMS, base=tokenizer_base, rows=folder, out=tmp_path / "one")
     monkeypatch.setattr(work, "_LITTLE", 0)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from regraft.chat import Chat
+from regraft.preprocess import columns
 from regraft.preprocess.audit import Audit
 from regraft.preprocess.columns import Encoder, ShortWayFailed, Talks, Tokens
 from regraft.preprocess.skeleton import Skeletons
@@ -126,3 +127,13 @@ def test_words_in_any_script_take_the_short_way(monkeypatch: pytest.MonkeyPatch)
     encoder = Encoder(Chat(tokenizer, tokenizer.chat_template), tokenizer, "assistant", 300, short=True)
     encoder.encode(Talks(list(range(9)), messages, [""] * 9), made, None)
     assert sorted(made.places) == list(range(9))
+
+
+def test_long_texts_are_tokenised_few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_TOKENISED", 3)
+    monkeypatch.setattr(columns, "_LONG", 10)
+    texts = ["", "a", "b", "c", "x" * 11, "x" * 4, "y" * 6, "z", "x" * 10, "x" * 30]
+    batches = [list(each) for each in columns._batches(texts)]
+    assert [len(each) for each in batches] == [3, 1, 1, 2, 1, 1, 1]
+    assert [text for each in batches for text in each] == texts
+    assert list(columns._batches([])) == []

@@ -25,7 +25,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of some fifty rows."""
     monkeypatch.setattr(shards, "_LEAST", 40)
     monkeypatch.setattr(shards, "_MOST", 90)
-    monkeypatch.setattr(shards, "_ENDS", "0")
+    monkeypatch.setattr(shards, "_DIGITS", 1)
     monkeypatch.setattr("regraft.preprocess.work._LITTLE", 10**6)  # in this process
 
 
@@ -114,6 +114,48 @@ def test_what_is_new_and_what_is_damaged_are_made_in_one_run(
 
 
 @pytest.mark.parametrize(
+    ("mean", "fewer"), [(600, 1), (1_500, 1), (3_000, 2), (5_000, 4), (50_000, 32), (10**7, 1_024)]
+)
+def test_the_longer_the_rows_the_fewer_a_shard_has(tmp_path: Path, mean: int, fewer: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows.parquet"
+    dice = random.Random(1)
+    pq.write_table(pa.table({"text": [dice.randbytes(mean).hex()[:mean] for _ in range(20)]}), path)
+    assert shards._fewer(path) == fewer
+    starts = shards._starts(fewer)
+    assert sum(f"{i:03x}".startswith(tuple(starts)) for i in range(4_096)) == fewer
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    assert shards._fewer(path) == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_an_increment_of_long_rows_makes_few_short_shards_and_the_same_bytes(
+    tokenizer_base: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "_LONG", 20)  # bytes; these rows have some 100
+    rows, cache = talk_rows(600), tmp_path / "cache"
+    few, more = write_rows(rows, "few"), write_rows([*rows, *talk_rows(6, 900)], "more")
+    cuts = [each.rows for each in cut(few / "rows.parquet")]
+    assert len(cuts) > 30
+    assert max(cuts) <= 90 // 4
+    assert min(cuts[:-1]) >= 40 // 4
+    preprocess(PARAMS, base=tokenizer_base, rows=few, out=tmp_path / "first", cache=cache)
+    with caplog.at_level("INFO"):
+        caplog.clear()
+        preprocess(PARAMS, base=tokenizer_base, rows=more, out=tmp_path / "second", cache=cache)
+    made = int(caplog.messages[-1].split(" shards made anew")[0].split("; ")[-1].split(" of ")[0])
+    assert 0 < made <= 3
+    preprocess(PARAMS, base=tokenizer_base, rows=more, out=tmp_path / "anew")
+    assert (tmp_path / "second/manifest.json").read_bytes() == (tmp_path / "anew/manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"at": [None, "b"]},
@@ -150,7 +192,7 @@ def test_several_processes_make_the_same_bytes_as_one(
     tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_rows(talk_rows(400))
-    for name, value in (("_LEAST", 40), ("_MOST", 90), ("_ENDS", "0")):
+    for name, value in (("_LEAST", 40), ("_MOST", 90), ("_DIGITS", 1)):
         monkeypatch.setattr(shards, name, value)
     preprocess(PARAMS, base=tokenizer_base, rows=folder, out=tmp_path / "one")
     monkeypatch.setattr("regraft.preprocess.work._LITTLE", 0)

@@ -7,18 +7,19 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from filled import fill, outputs
 
 from regraft.artifacts import canonical_json
 from regraft.errors import ParamsError, RegraftError
+from regraft.validate import quarantine, work
 from regraft.validate import validate as stage_module
-from regraft.validate import work
 from regraft.validate.look import Looker
 from regraft.validate.mapping import Row, row_digests
 from regraft.validate.patterns import FINDERS, mask
-from regraft.validate.quarantine import QUARANTINE, ParquetRows, quarantine_table
+from regraft.validate.quarantine import QUARANTINE, ROWS, ParquetRows, quarantine_table
 
 PARTS = (
     "4111 1111 1111 1111", "4111111111111111", "DE89 3704 0044 0532 0130 00", "+49 30 12345678", "0049 30 12345678", "a@b.cc",
@@ -70,6 +71,35 @@ def test_row_groups_have_one_size_whatever_the_tables(tmp_path: Path) -> None:
     found = pq.ParquetFile(tmp_path / "6.parquet").metadata
     assert [found.row_group(i).num_rows for i in range(found.num_row_groups)] == [10_000, 10_000, 9_001]
     assert (tmp_path / "6.parquet").read_bytes() == (tmp_path / "1.parquet").read_bytes()
+
+
+def test_row_groups_of_long_rows_end_where_their_bytes_say_whatever_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "_GROUP", 10)
+    monkeypatch.setattr(quarantine, "_GROUP_BYTES", 100)
+    lengths = [5] * 12 + [80, 5, 5, 500, 30, 55, 5, 5, 5, 5]
+    rows = [{"source": "", "line": i, "id": None, "raw": "x" * (n - 5), "reasons": ["email"]} for i, n in enumerate(lengths)]
+    for size in (1, 3, 7, 22):
+        with ParquetRows(tmp_path / f"{size}.parquet", QUARANTINE) as file:
+            for first in range(0, 22, size):
+                file.add(quarantine_table(rows[first : first + size]))
+    found = pq.ParquetFile(tmp_path / "22.parquet").metadata
+    groups = [found.row_group(i).num_rows for i in range(found.num_row_groups)]
+    assert groups == [10, 5, 1, 5, 1]  # ten; 5 + 5 + 80 + 5 + 5; 500; 30 + 55 + 5 + 5 + 5; the rest
+    assert len({(tmp_path / f"{size}.parquet").read_bytes() for size in (1, 3, 7, 22)}) == 1
+
+
+def test_a_rows_bytes_are_those_of_all_its_texts_at_any_depth() -> None:
+    row = {"row_id": "ab", "source": "\u00fc", "line": 1, "at": None, "id": "1"}
+    talk = [{"role": "user", "content": "four"}, {"role": "x", "content": None}]
+    table = pa.Table.from_pylist(
+        [{**row, "messages": [], "slices": [("kind", "a")]}, {**row, "messages": talk, "slices": []}] * 3, ROWS
+    )
+    assert quarantine._sizes(table).tolist() == [10, 14] * 3
+    assert quarantine._sizes(table.slice(1, 4)).tolist() == [14, 10, 14, 10]
+    assert quarantine._sizes(pa.concat_tables([table.slice(3), table.slice(0, 1)])).tolist() == [14, 10, 14, 10]
+    assert quarantine._sizes(table.slice(0, 0)).tolist() == []
 
 
 def test_long_rows_make_short_batches(stage: Any, chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
