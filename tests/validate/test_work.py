@@ -79,7 +79,9 @@ def test_row_groups_of_long_rows_end_where_their_bytes_say_whatever_the_tables(
     monkeypatch.setattr(quarantine, "_GROUP", 10)
     monkeypatch.setattr(quarantine, "_GROUP_BYTES", 100)
     lengths = [5] * 12 + [80, 5, 5, 500, 30, 55, 5, 5, 5, 5]
-    rows = [{"source": "", "line": i, "id": None, "raw": "x" * (n - 5), "reasons": ["email"]} for i, n in enumerate(lengths)]
+    rows = [
+        {"source": "", "line": i, "id": None, "raw": "x" * (n - 5), "reasons": ["email"]} for i, n in enumerate(lengths)
+    ]
     for size in (1, 3, 7, 22):
         with ParquetRows(tmp_path / f"{size}.parquet", QUARANTINE) as file:
             for first in range(0, 22, size):
