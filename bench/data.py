@@ -79,7 +79,7 @@ def main() -> None:
         "--large", type=int, default=0, help="also prepare so many rows, and a tenth, for memory and increments"
     )
     parser.add_argument("--validate", type=int, default=0, help="rows to validate; 0: none")
-    parser.add_argument("--repeat", type=int, default=3, help="how often floor and ours are measured, by turns")
+    parser.add_argument("--repeat", type=int, default=3, help="how often what is compared is measured, by turns")
     parser.add_argument("--scratch", type=Path, help="where the temporary folder is made")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
@@ -157,7 +157,7 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.large:
         figures |= measure_large(scratch, base, arguments.large)
     if arguments.validate:
-        figures["validate"] = measure_validation(scratch, arguments.validate)
+        figures["validate"] = measure_validation(scratch, arguments.validate, arguments.repeat)
     return figures
 
 
@@ -229,18 +229,25 @@ def measure_large(scratch: Path, base: Path, number: int) -> dict[str, Any]:
     return figures
 
 
-def measure_validation(scratch: Path, number: int) -> dict[str, Any]:
-    """Validate clean rows, rows of which every twentieth is broken, and a tenth of the clean ones."""
+def measure_validation(scratch: Path, number: int, repeat: int) -> dict[str, Any]:
+    """Validate a tenth of the clean rows, then by turns all of them and rows of which every twentieth is broken."""
     figures: dict[str, Any] = {"rows": number}
-    for name, rows, broken in (("tenth", number // 10, 0), ("clean", number, 0), ("broken", number, 20)):
-        root = scratch / f"raw-{name}"
-        size = make_raw(root / "data/raw/rows.jsonl", rows, broken)
-        found = run("validate", root, scratch / f"validated-{name}")
-        figures[name] = {key: found[key] for key in ("seconds", "cpu_s", "peak_mb")} | {"mb": round(size / 1e6)}
-        figures[name]["quarantined"] = json.loads((scratch / f"validated-{name}/report.json").read_text())[
-            "rows_quarantined"
-        ]
-        shutil.rmtree(root)
+    kinds = {"tenth": (number // 10, 0), "clean": (number, 0), "broken": (number, 20)}
+    for name, (rows, broken) in kinds.items():
+        size = make_raw(scratch / f"raw-{name}/data/raw/rows.jsonl", rows, broken)
+        figures[name] = {"mb": round(size / 1e6)}
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
+    for turn in range(repeat):
+        for name in ("clean", "broken") if turn else kinds:
+            seen[name].append(run("validate", scratch / f"raw-{name}", scratch / f"validated-{name}"))
+    for name, found in seen.items():
+        figures[name] |= {
+            key: statistics.median(each[key] for each in found) for key in ("seconds", "cpu_s", "peak_mb")
+        }
+        figures[name]["all_s"] = [each["seconds"] for each in found]
+        report = json.loads((scratch / f"validated-{name}/report.json").read_text())
+        figures[name]["quarantined"] = report["rows_quarantined"]
+        shutil.rmtree(scratch / f"raw-{name}")
     return figures
 
 
