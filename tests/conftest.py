@@ -117,4 +117,5 @@ def _no_prefect_beside_a_property(request: pytest.FixtureRequest) -> None:
     """
     worker = sys.modules.get("prefect.events.worker")
     if worker is not None and getattr(request.function, "is_hypothesis_test", False):
-        worker.EventsWorker.drain_all(timeout=60)
+        _, late = worker.EventsWorker.drain_all(timeout=60)
+        assert not late, "Prefect's services did not end"

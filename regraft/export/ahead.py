@@ -22,9 +22,8 @@ class AheadReader(Reader):
     def __init__(self, path: Path, order: Sequence[str]) -> None:
         super().__init__(path)
         self._beside, self._order = Reader(path), order
-        self._ready: queue.Queue[_Ready | None] = queue.Queue(
-            RING - 3
-        )  # beside what is filled, handed over and worked on
+        # RING buffers: one is filled, one handed over, one worked on, the others wait.
+        self._ready: queue.Queue[_Ready | None] = queue.Queue(RING - 3)
         self._next: _Ready | None = None
         self._ended = self._closing = False
         self._thread = threading.Thread(target=self._read_all, daemon=True)

@@ -113,9 +113,14 @@ def publish_to(
             store.send(folder / MANIFEST, f"{name}/{MANIFEST}", manifest)
             sent += 1
         failpoint("publish.manifest")
-        if not latest:
-            return Published(url=url, name=name, sent=sent, moved=False, removed=[])
         before = store.pointer()
+        if not latest:
+            if (
+                before is not None and name in before.leaving
+            ):  # it is wanted again: no later publication is to remove it
+                stay = before.model_copy(update={"leaving": [each for each in before.leaving if each != name]})
+                store.write(LATEST, pretty_json(stay.model_dump()))
+            return Published(url=url, name=name, sent=sent, moved=False, removed=[])
         history = [each for each in ([before.name, *before.before] if before else []) if each != name]
         left = [each for each in before.leaving if each not in (name, *history) and store.has(each)] if before else []
         pointer = Pointer(

@@ -191,6 +191,18 @@ def test_what_was_to_be_removed_and_is_published_again_stays(
     verify_folder(tmp_path / back.name)
 
 
+def test_what_was_removed_and_is_sent_again_beside_the_latest_stays(merges: list[Path], tmp_path: Path) -> None:
+    old, new = publish_to(merges[0], str(tmp_path)).name, publish_to(merges[1], str(tmp_path), keep=1).name
+    assert not (tmp_path / old).exists()
+
+    publish_to(merges[0], str(tmp_path), latest=False)
+    assert latest_at(str(tmp_path)).name == new
+    done = publish_to(merges[2], str(tmp_path), keep=2)
+
+    assert done.removed == []
+    verify_folder(tmp_path / old)
+
+
 def test_what_another_publisher_points_at_meanwhile_is_not_removed(
     merges: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,3 +109,19 @@ def rows() -> list[dict[str, Any]]:
         phrasing = "unseen" if i % 10 == 0 else "seen"
         made.append(chat_row(question.strip(), answer, slices={"phrasing": phrasing, "item": item}, at="2026-09-01"))
     return made
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Each verification of an entry of a cache from now on: its name, and whether the main thread did it."""
+    from regraft.preprocess.shards import Cache
+
+    found: list[tuple[str, bool]] = []
+    real = Cache.find
+
+    def find(self: Cache, digest: str) -> Path | None:
+        found.append((digest, threading.current_thread() is threading.main_thread()))
+        return real(self, digest)
+
+    monkeypatch.setattr(Cache, "find", find)
+    return found

@@ -22,20 +22,6 @@ def store(tmp_path: Path) -> Cache:
     return found
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """Each verification of an entry: its name, and whether it was in the main thread."""
-    found: list[tuple[str, bool]] = []
-    real = Cache.find
-
-    def find(self: Cache, digest: str) -> Path | None:
-        found.append((digest, threading.current_thread() is threading.main_thread()))
-        return real(self, digest)
-
-    monkeypatch.setattr(Cache, "find", find)
-    return found
-
-
 def finished(ahead: Ahead) -> None:
     deadline = time.monotonic() + 60
     while not all(future.done() for future in ahead._begun.values()):
@@ -43,12 +29,12 @@ def finished(ahead: Ahead) -> None:
         time.sleep(0.01)
 
 
-def test_what_was_noted_is_verified_once_and_in_order(store: Cache, asked: list[tuple[str, bool]]) -> None:
+def test_what_was_noted_is_verified_once_and_in_order(store: Cache, verified: list[tuple[str, bool]]) -> None:
     ahead = Ahead(store, "this")
     finished(ahead)
     assert [ahead.find(name) for name in "cab"] == [store.root / name for name in "cab"]
     ahead.end()
-    assert asked == [("a", False), ("b", False), ("c", False)]
+    assert verified == [("a", False), ("b", False), ("c", False)]
 
 
 def test_a_flipped_byte_is_found_ahead_too(store: Cache) -> None:
@@ -60,7 +46,7 @@ def test_a_flipped_byte_is_found_ahead_too(store: Cache) -> None:
 
 
 def test_what_the_thread_has_not_begun_the_caller_verifies(
-    store: Cache, asked: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+    store: Cache, verified: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going, go = threading.Event(), threading.Event()
     find = Cache.find
@@ -75,24 +61,24 @@ def test_what_the_thread_has_not_begun_the_caller_verifies(
     ahead = Ahead(store, "this")
     assert going.wait(60)
     assert [ahead.find(name) for name in "bc"] == [store.root / name for name in "bc"]
-    assert asked == [("b", True), ("c", True)]
+    assert verified == [("b", True), ("c", True)]
     go.set()
     assert ahead.find("a") == store.root / "a"
     ahead.end()
-    assert asked[2:] == [("a", False)]
+    assert verified[2:] == [("a", False)]
 
 
 def test_its_end_keeps_what_was_verified_and_leaves_the_rest_to_the_caller(
-    store: Cache, asked: list[tuple[str, bool]]
+    store: Cache, verified: list[tuple[str, bool]]
 ) -> None:
     ahead = Ahead(store, "this")
     finished(ahead)
     ahead.end()
     assert ahead.find("a") == store.root / "a"
     assert ahead._threads is None
-    assert ("a", True) not in asked
+    assert ("a", True) not in verified
     assert ahead.find("a") == store.root / "a"  # asked again it is verified again
-    assert asked[-1] == ("a", True)
+    assert verified[-1] == ("a", True)
 
 
 @pytest.mark.parametrize(

@@ -213,19 +213,12 @@ def test_entries_that_were_not_used_lately_are_removed(
 
 @pytest.mark.usefixtures("small")
 def test_an_increment_verifies_each_entry_that_it_takes_over_once(
-    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer_base: Path, write_rows: Callable[..., Path], tmp_path: Path, verified: list[tuple[str, bool]]
 ) -> None:
     rows, cache = talk_rows(600), tmp_path / "cache"
     preprocess(PARAMS, base=tokenizer_base, rows=write_rows(rows, "few"), out=tmp_path / "first", cache=cache)
     before = read_json(cache / "last.json")["used"]
-    verified: list[tuple[str, bool]] = []
-    find = Cache.find
-
-    def recorded(self: Cache, digest: str) -> Path | None:
-        verified.append((digest, threading.current_thread() is threading.main_thread()))
-        return find(self, digest)
-
-    monkeypatch.setattr(Cache, "find", recorded)
+    verified.clear()
     more = write_rows([*rows, *talk_rows(6, 900)], "more")
     preprocess(PARAMS, base=tokenizer_base, rows=more, out=tmp_path / "second", cache=cache)
     [tokenizer] = [name for name in before if (cache / name / "tokenizer.json").exists()]
